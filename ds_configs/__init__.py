@@ -1,0 +1,1 @@
+"""Recipes: one DeepSpeed JSON each, named <model>_<data>_<optimizer>_<global batch>.json."""

@@ -1,0 +1,1 @@
+"""The trainer: what `deepspeed launch/train.py` runs."""

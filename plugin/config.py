@@ -1,0 +1,235 @@
+"""The optimizers' options: checked when built, with errors in the user's terms. No deepspeed, no torch.distributed.
+
+A JSON ``optimizer.params`` and the keyword arguments of a constructor are the same thing and pass the same checks.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor
+
+from largebatch.kernels.dispatch import CHOICES as KERNEL_CHOICES
+
+
+class UnknownOptionError(TypeError, ValueError):
+    """A name that is not an option; both a TypeError (as Python's own) and a ValueError."""
+
+
+def nearest_hint(name: str, known: Sequence[str]) -> str:
+    """`` (did you mean 'x'?)``, or nothing if no known name is near."""
+    near = difflib.get_close_matches(str(name).lower(), list(known), n=1, cutoff=0.6)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def reject(name: str, value: Any, expected: str, error: type[Exception] = ValueError):
+    raise error(f"{name} is {value!r}; expected {expected}")
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+Check = Callable[[str, Any], None]
+
+
+def number(expected: str, allowed: Callable[[float], bool], *, or_tensor: bool = False, or_none: bool = False) -> Check:
+    def check(name: str, value: Any) -> None:
+        if (or_tensor and isinstance(value, Tensor) and value.numel() == 1) or (or_none and value is None):
+            return
+        if value == "auto":
+            reject(name, value, f"{expected}; 'auto' is filled in by launch/train.py, elsewhere write the number")
+        if not is_number(value):
+            reject(name, value, expected, TypeError)
+        if not (math.isfinite(value) and allowed(value)):
+            reject(name, value, expected)
+
+    return check
+
+
+def boolean(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        reject(name, value, "true or false", TypeError)
+
+
+def one_of(*choices: Any) -> Check:
+    def check(name: str, value: Any) -> None:
+        if not any(type(value) is type(choice) and value == choice for choice in choices):
+            hint = nearest_hint(value, [c for c in choices if isinstance(c, str)]) if isinstance(value, str) else ""
+            reject(name, value, f"one of {', '.join(map(repr, choices))}{hint}")
+
+    return check
+
+
+def bounds(name: str, value: Any) -> None:
+    expected = "null or [lower, upper] with 0 <= lower <= upper"
+    if value is None:
+        return
+    if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(map(is_number, value)):
+        reject(name, value, expected, TypeError)
+    if not 0 <= value[0] <= value[1]:
+        reject(name, value, expected)
+
+
+def betas(name: str, value: Any) -> None:
+    expected = "[beta1, beta2], both >= 0 and < 1"
+    if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(map(is_number, value)):
+        reject(name, value, expected, TypeError)
+    if not all(0 <= beta < 1 for beta in value):
+        reject(name, value, expected)
+
+
+def patterns(name: str, value: Any) -> None:
+    expected = 'a list of "bias", "norm" and regular expressions for parameter names'
+    if isinstance(value, str) or not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
+        reject(name, value, expected, TypeError)
+    for pattern in value:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            reject(name, pattern, f"{expected}; this one does not compile: {error}")
+
+
+NON_NEGATIVE = number("a number >= 0", lambda x: x >= 0)
+POSITIVE = number("a number > 0", lambda x: x > 0)
+LEARNING_RATE = number("a number >= 0", lambda x: x >= 0, or_tensor=True)
+CLIP = number("null or a number > 0", lambda x: x > 0, or_none=True)
+
+
+@dataclass(frozen=True)
+class SharedOptions:
+    """Options of every layer-wise optimizer. Checked on construction; field names are the JSON's."""
+
+    lr: float | Tensor
+    weight_decay: float
+    decoupled_weight_decay: bool
+    weight_norm_bounds: tuple[float, float] | None
+    trust_ratio_bounds: tuple[float, float] | None
+    adapt_undecayed: bool
+
+    def __post_init__(self):
+        for field in fields(self):
+            CHECKS[field.name](field.name, getattr(self, field.name))
+
+
+@dataclass(frozen=True)
+class LARSOptions(SharedOptions):
+    """Per-group options of :class:`largebatch.LARS`."""
+
+    momentum: float
+    trust_coefficient: float
+    eps: float
+    formulation: str
+    nesterov: bool
+    lr_in_momentum: bool
+    larc_clip: bool
+    decay_in_ratio: bool
+    damp_ratio_by_momentum: bool
+    skip_zero_norm_layers: bool
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.formulation == "2019":
+            for name, default in LARS_2017_ONLY.items():
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"{name} is {getattr(self, name)!r} with formulation '2019', which has no such term; "
+                        f"leave it at {default!r} or use formulation '2017'"
+                    )
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov is true with momentum 0, where it has no effect; set momentum > 0 or drop it")
+
+
+LARS_2017_ONLY = {
+    "nesterov": False,
+    "lr_in_momentum": True,
+    "larc_clip": False,
+    "decay_in_ratio": True,
+    "damp_ratio_by_momentum": False,
+    "skip_zero_norm_layers": False,
+}
+
+
+@dataclass(frozen=True)
+class LAMBOptions(SharedOptions):
+    """Per-group options of :class:`largebatch.LAMB`."""
+
+    betas: tuple[float, float]
+    eps: float
+    bias_correction: bool | str
+
+    def __post_init__(self):
+        super().__post_init__()
+        POSITIVE("eps", self.eps)
+
+
+@dataclass(frozen=True)
+class NesterovLAMBOptions(SharedOptions):
+    """Per-group options of :class:`largebatch.NLAMB` and :class:`largebatch.NNLAMB`."""
+
+    betas: tuple[float, float]
+    eps: float
+
+    def __post_init__(self):
+        super().__post_init__()
+        POSITIVE("eps", self.eps)
+
+
+@dataclass(frozen=True)
+class GlobalOptions:
+    """Options that hold for all param groups together."""
+
+    max_grad_norm: float | None
+    exclude_from_adaptation: tuple[str, ...]
+    exclude_from_weight_decay: tuple[str, ...]
+    kernels: str
+
+    def __post_init__(self):
+        for field in fields(self):
+            CHECKS[field.name](field.name, getattr(self, field.name))
+
+
+CHECKS: dict[str, Check] = {
+    "lr": LEARNING_RATE,
+    "weight_decay": NON_NEGATIVE,
+    "decoupled_weight_decay": boolean,
+    "weight_norm_bounds": bounds,
+    "trust_ratio_bounds": bounds,
+    "adapt_undecayed": boolean,
+    "momentum": number("a number >= 0 and < 1", lambda x: 0 <= x < 1),
+    "trust_coefficient": POSITIVE,
+    "eps": NON_NEGATIVE,
+    "formulation": one_of("2017", "2019"),
+    "nesterov": boolean,
+    "lr_in_momentum": boolean,
+    "larc_clip": boolean,
+    "decay_in_ratio": boolean,
+    "damp_ratio_by_momentum": boolean,
+    "skip_zero_norm_layers": boolean,
+    "betas": betas,
+    "bias_correction": one_of(True, False, "lr"),
+    "max_grad_norm": CLIP,
+    "exclude_from_adaptation": patterns,
+    "exclude_from_weight_decay": patterns,
+    "kernels": one_of(*KERNEL_CHOICES),
+}
+
+
+def check_option_names(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    """Raises UnknownOptionError for a name that is not in ``known``, listing the nearest and all known ones."""
+    for name in given:
+        if name not in known:
+            raise UnknownOptionError(
+                f"{where}.{name} is not known{nearest_hint(name, known)}; known: {', '.join(sorted(known))}"
+            )
+
+
+def check_preset(name: Any, known: Sequence[str], optimizer: str) -> None:
+    if name not in known:
+        hint = nearest_hint(name, known) if isinstance(name, str) else ""
+        reject("preset", name, f"null or one of {', '.join(map(repr, known))} for {optimizer}{hint}")

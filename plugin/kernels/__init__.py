@@ -1,0 +1,1 @@
+"""Elementwise passes and segment sums on local memory: one interface, one reference, several backends."""

@@ -1,0 +1,217 @@
+"""The schedules as classes that a ds_config's ``scheduler`` section names.
+
+A scheduler multiplies each param group's own learning rate (the optimizer's ``lr``) by a factor that depends on the
+step alone. Unlike torch's, they accept the optimizer wrappers that DeepSpeed builds, and unlike DeepSpeed's, the first
+step of a warm-up from zero is not lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+
+from largebatch import schedule
+from largebatch.config import is_number
+
+
+def torch_optimizer(optimizer: Any) -> Optimizer:
+    """The torch optimizer inside DeepSpeed's wrappers."""
+    while not isinstance(optimizer, Optimizer):
+        if not hasattr(optimizer, "optimizer"):
+            raise TypeError(f"{type(optimizer).__name__} is not a torch optimizer and wraps none")
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def in_steps(name: str, steps: Any, epochs: Any, steps_per_epoch: Any, default: int | None) -> int:
+    """A length that may be given in steps or in epochs, in steps.
+
+    Raises:
+        ValueError: both or neither are given, or epochs without their length.
+    """
+    given = {f"{name}_steps": steps, f"{name}_epochs": epochs}
+    for key, value in given.items():
+        if value == "auto":
+            raise ValueError(f"scheduler.params.{key} is 'auto', which launch/train.py fills in; write the number")
+        if value is not None and (not is_number(value) or value < 0):
+            raise ValueError(f"scheduler.params.{key} is {value!r}; expected a number >= 0")
+    if steps is not None and epochs is not None:
+        raise ValueError(f"scheduler.params has both {name}_steps and {name}_epochs; give one of them")
+    if steps is not None:
+        return round(steps)
+    if epochs is not None:
+        if not is_number(steps_per_epoch) or not steps_per_epoch > 0:
+            raise ValueError(
+                f"scheduler.params.{name}_epochs is {epochs!r} and steps_per_epoch is {steps_per_epoch!r}; expected a "
+                f"number > 0 (data set size / global batch; launch/train.py fills in 'auto'), or give {name}_steps"
+            )
+        return round(epochs * steps_per_epoch)
+    if default is None:
+        raise ValueError(f"scheduler.params needs {name}_steps, or {name}_epochs and steps_per_epoch")
+    return default
+
+
+class FactorLR:
+    """Base of the JSON schedulers: lr of a group at step t = the group's own lr * factor(t).
+
+    ``step()`` is called after each optimizer step, as DeepSpeed does; on construction the learning rate of step 0 is
+    set. ``state_dict`` holds the step and the groups' peak learning rates.
+    """
+
+    def __init__(self, optimizer: Any):
+        self.optimizer = torch_optimizer(optimizer)
+        self.peak_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self.last_batch_iteration = 0
+        self._set()
+
+    def factor(self, step: int) -> float:
+        raise NotImplementedError
+
+    def get_lr(self) -> list[float]:
+        return [peak * self.factor(self.last_batch_iteration) for peak in self.peak_lrs]
+
+    def get_last_lr(self) -> list[float]:
+        return self._last_lr
+
+    def _set(self) -> None:
+        self._last_lr = self.get_lr()
+        for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = lr
+
+    def step(self, last_batch_iteration: int | None = None) -> None:
+        """Moves on by one optimizer step, or to the given one."""
+        self.last_batch_iteration = self.last_batch_iteration + 1 if last_batch_iteration is None else last_batch_iteration
+        self._set()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"last_batch_iteration": self.last_batch_iteration, "peak_lrs": list(self.peak_lrs)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.last_batch_iteration = state_dict["last_batch_iteration"]
+        self.peak_lrs = list(state_dict["peak_lrs"])
+        self._set()
+
+
+class WarmupDecayLR(FactorLR):
+    """A linear warm-up and then some decay."""
+
+    def __init__(self, optimizer, warmup_steps, warmup_epochs, warmup_start_factor, steps_per_epoch):
+        self.num_warmup_steps = in_steps("warmup", warmup_steps, warmup_epochs, steps_per_epoch, default=0)
+        if not is_number(warmup_start_factor) or not 0 <= warmup_start_factor <= 1:
+            raise ValueError(f"scheduler.params.warmup_start_factor is {warmup_start_factor!r}; expected 0 to 1")
+        self.warmup_start_factor = warmup_start_factor
+        super().__init__(optimizer)
+
+    def decay_factor(self, step: int) -> float:
+        raise NotImplementedError
+
+    def factor(self, step: int) -> float:
+        if step < self.num_warmup_steps:
+            return schedule.warmup_factor(
+                step, num_warmup_steps=self.num_warmup_steps, start_factor=self.warmup_start_factor
+            )
+        return self.decay_factor(step)
+
+
+class WarmupPolyLR(WarmupDecayLR):
+    """Linear warm-up, then polynomial decay to zero (power 2 for LARS, 1 for LAMB; arXiv:1708.03888, 1904.00962).
+
+    Args:
+        total_steps | total_epochs: length of the whole schedule, warm-up included.
+        warmup_steps | warmup_epochs: length of the warm-up, default 0; epochs may be fractions.
+        steps_per_epoch: data set size / global batch, where epochs are used.
+        power: >= 0. warmup_start_factor, end_factor: 0 to 1, shares of the peak.
+    """
+
+    def __init__(
+        self,
+        optimizer,
+        total_steps=None,
+        total_epochs=None,
+        warmup_steps=None,
+        warmup_epochs=None,
+        steps_per_epoch=None,
+        power=2.0,
+        warmup_start_factor=0.0,
+        end_factor=0.0,
+    ):
+        self.num_steps = in_steps("total", total_steps, total_epochs, steps_per_epoch, default=None)
+        if not is_number(power) or power < 0:
+            raise ValueError(f"scheduler.params.power is {power!r}; expected a number >= 0")
+        self.power, self.end_factor = power, end_factor
+        super().__init__(optimizer, warmup_steps, warmup_epochs, warmup_start_factor, steps_per_epoch)
+
+    def decay_factor(self, step: int) -> float:
+        return schedule.polynomial_factor(
+            step,
+            num_steps=self.num_steps,
+            num_warmup_steps=self.num_warmup_steps,
+            power=self.power,
+            end_factor=self.end_factor,
+        )
+
+
+class WarmupCosineDecayLR(WarmupDecayLR):
+    """Linear warm-up, then half a cosine to zero (arXiv:1608.03983). Arguments as for :class:`WarmupPolyLR`."""
+
+    def __init__(
+        self,
+        optimizer,
+        total_steps=None,
+        total_epochs=None,
+        warmup_steps=None,
+        warmup_epochs=None,
+        steps_per_epoch=None,
+        warmup_start_factor=0.0,
+        end_factor=0.0,
+    ):
+        self.num_steps = in_steps("total", total_steps, total_epochs, steps_per_epoch, default=None)
+        self.end_factor = end_factor
+        super().__init__(optimizer, warmup_steps, warmup_epochs, warmup_start_factor, steps_per_epoch)
+
+    def decay_factor(self, step: int) -> float:
+        return schedule.cosine_factor(
+            step, num_steps=self.num_steps, num_warmup_steps=self.num_warmup_steps, end_factor=self.end_factor
+        )
+
+
+class WarmupStepLR(WarmupDecayLR):
+    """Linear warm-up, then times ``gamma`` at each milestone (arXiv:1706.02677: 0.1 at epochs 30, 60, 80).
+
+    Args:
+        milestone_steps | milestone_epochs: where the learning rate drops, ascending.
+        gamma: > 0, factor of each drop.
+        warmup_steps | warmup_epochs, warmup_start_factor, steps_per_epoch: as for :class:`WarmupPolyLR`.
+    """
+
+    def __init__(
+        self,
+        optimizer,
+        milestone_steps: Sequence[int] | None = None,
+        milestone_epochs: Sequence[float] | None = None,
+        warmup_steps=None,
+        warmup_epochs=None,
+        steps_per_epoch=None,
+        gamma=0.1,
+        warmup_start_factor=0.0,
+    ):
+        if (milestone_steps is None) == (milestone_epochs is None):
+            raise ValueError("scheduler.params needs either milestone_steps or milestone_epochs")
+        if not is_number(gamma) or gamma <= 0:
+            raise ValueError(f"scheduler.params.gamma is {gamma!r}; expected a number > 0")
+        if milestone_steps is not None:
+            lengths = [(milestone, None) for milestone in milestone_steps]
+        else:
+            lengths = [(None, milestone) for milestone in milestone_epochs]
+        self.milestones = [in_steps("milestone", s, e, steps_per_epoch, default=None) for s, e in lengths]
+        self.gamma = gamma
+        super().__init__(optimizer, warmup_steps, warmup_epochs, warmup_start_factor, steps_per_epoch)
+
+    def decay_factor(self, step: int) -> float:
+        return schedule.step_factor(step, milestones=self.milestones, gamma=self.gamma)
+
+
+SCHEDULERS = {cls.__name__: cls for cls in (WarmupPolyLR, WarmupCosineDecayLR, WarmupStepLR)}
+"""JSON ``scheduler.type`` -> class."""

@@ -1,0 +1,195 @@
+"""Teaches DeepSpeed the JSON types of largebatch. The only file that changes DeepSpeed's globals.
+
+What is changed, and why there is no public door for it (DeepSpeed 0.19.8):
+- ``config.DEEPSPEED_OPTIMIZERS``: names in it are lower-cased and may be handled by the engine; ours are added.
+- ``engine.LAMB_OPTIMIZER``: switches on FusedLamb, an assertion against static loss scales and a step path without
+  ``step()``; set to a name that no JSON can have, so that "LAMB" in any spelling is ours.
+- ``zero.utils.ZERO_SUPPORTED_OPTIMIZERS``: our classes are added, so that ZeRO needs no "untested" flag for them.
+- ``DeepSpeedEngine._configure_basic_optimizer``: builds our classes from their names.
+- ``DeepSpeedEngine._do_optimizer_sanity_check``, ``_configure_optimizer``: before and after the engine wraps an
+  optimizer of ours, however it was given; afterwards the layer map is attached.
+- ``lr_schedules``: our schedulers become attributes, where DeepSpeed looks their names up.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+import sys
+from typing import Any
+
+from largebatch.layer_map.zero import TESTED_DEEPSPEED, read_layout
+from largebatch.lr_schedulers import SCHEDULERS
+from largebatch.optim.lamb import LAMB, NLAMB, NNLAMB
+from largebatch.optim.lars import LARS
+from largebatch.optim.layerwise import LayerwiseOptimizer
+
+logger = logging.getLogger("largebatch")
+
+OPTIMIZERS: dict[str, type[LayerwiseOptimizer]] = {cls.__name__.lower(): cls for cls in (LARS, LAMB, NLAMB, NNLAMB)}
+"""JSON ``optimizer.type``, lower-cased -> class."""
+
+UNREACHABLE_NAME = "deepspeed's own lamb, replaced by largebatch"
+
+REQUIRED_INTERNALS = {
+    "deepspeed.runtime.config": ("DEEPSPEED_OPTIMIZERS",),
+    "deepspeed.runtime.engine": ("DEEPSPEED_OPTIMIZERS", "LAMB_OPTIMIZER", "DeepSpeedEngine"),
+    "deepspeed.runtime.zero.utils": ("ZERO_SUPPORTED_OPTIMIZERS",),
+    "deepspeed.runtime.lr_schedules": ("get_torch_optimizer",),
+}
+REQUIRED_ENGINE_METHODS = ("_configure_basic_optimizer", "_do_optimizer_sanity_check", "_configure_optimizer")
+
+
+def register() -> None:
+    """Makes ``"type": "LARS" | "LAMB" | "NLAMB" | "NNLAMB"`` and our schedulers known to DeepSpeed.
+
+    Call it once before ``deepspeed.initialize``; further calls do nothing. DeepSpeed's own "Lamb" is taken over: its
+    FusedLamb runs on GPUs only, one tensor at a time, folds the bias correction into the learning rate, and takes the
+    norms of arbitrary slices under ZeRO.
+
+    Raises:
+        RuntimeError: DeepSpeed has no such internals as this was written against; names the missing one.
+    """
+    show_log()
+    modules = {name: importlib.import_module(name) for name in REQUIRED_INTERNALS}
+    engine_class = check_internals(modules)
+    if getattr(engine_class, "_largebatch_is_registered", False):
+        return
+    import deepspeed
+
+    modules["deepspeed.runtime.config"].DEEPSPEED_OPTIMIZERS.extend(
+        name for name in OPTIMIZERS if name not in modules["deepspeed.runtime.config"].DEEPSPEED_OPTIMIZERS
+    )
+    modules["deepspeed.runtime.engine"].LAMB_OPTIMIZER = UNREACHABLE_NAME
+    modules["deepspeed.runtime.zero.utils"].ZERO_SUPPORTED_OPTIMIZERS.extend(OPTIMIZERS.values())
+    for name, scheduler in SCHEDULERS.items():
+        setattr(modules["deepspeed.runtime.lr_schedules"], name, scheduler)
+    wrap_engine(engine_class)
+    engine_class._largebatch_is_registered = True
+    is_tested = deepspeed.__version__.split("+")[0] in TESTED_DEEPSPEED
+    logger.info(
+        "registered optimizers %s (in place of DeepSpeed's own Lamb) and schedulers %s with DeepSpeed %s (%s with %s)",
+        ", ".join(cls.__name__ for cls in OPTIMIZERS.values()),
+        ", ".join(SCHEDULERS),
+        deepspeed.__version__,
+        "tested" if is_tested else "NOT tested; tested",
+        ", ".join(TESTED_DEEPSPEED),
+    )
+
+
+def check_internals(modules: dict[str, Any]) -> type:
+    """The engine class, once everything that is going to be changed has been seen to exist."""
+    import deepspeed
+
+    missing = [f"{name}.{a}" for name, names in REQUIRED_INTERNALS.items() for a in names if not hasattr(modules[name], a)]
+    engine_class = getattr(modules["deepspeed.runtime.engine"], "DeepSpeedEngine", None)
+    missing += [f"DeepSpeedEngine.{m}" for m in REQUIRED_ENGINE_METHODS if not hasattr(engine_class, m)]
+    config_list = getattr(modules["deepspeed.runtime.config"], "DEEPSPEED_OPTIMIZERS", None)
+    if config_list is not getattr(modules["deepspeed.runtime.engine"], "DEEPSPEED_OPTIMIZERS", None):
+        missing.append("one DEEPSPEED_OPTIMIZERS list shared by config and engine")
+    if missing:
+        raise RuntimeError(
+            f"DeepSpeed {deepspeed.__version__} lacks {', '.join(missing)}, which largebatch extends; it is tested with "
+            f"DeepSpeed {', '.join(TESTED_DEEPSPEED)}. Install one of these, or use largebatch.LARS and LAMB without register()"
+        )
+    return engine_class
+
+
+def wrap_engine(engine_class: type) -> None:
+    """Puts our three hooks around the engine's methods."""
+    configure_basic = engine_class._configure_basic_optimizer
+    check_optimizer = engine_class._do_optimizer_sanity_check
+    configure = engine_class._configure_optimizer
+
+    @functools.wraps(configure_basic)
+    def _configure_basic_optimizer(self, model_parameters):
+        optimizer_class = OPTIMIZERS.get(self.optimizer_name())
+        if optimizer_class is None:
+            return configure_basic(self, model_parameters)
+        return optimizer_class.from_json_params(model_parameters, self.optimizer_params() or {}, model=self.module)
+
+    @functools.wraps(check_optimizer)
+    def _do_optimizer_sanity_check(self, basic_optimizer):
+        if isinstance(basic_optimizer, LayerwiseOptimizer):
+            refuse_what_is_not_exact(self, basic_optimizer)
+            basic_optimizer.name_layers(self.module)
+            basic_optimizer.await_layout()
+        return check_optimizer(self, basic_optimizer)
+
+    @functools.wraps(configure)
+    def _configure_optimizer(self, client_optimizer, model_parameters):
+        configure(self, client_optimizer, model_parameters)
+        if isinstance(self.basic_optimizer, LayerwiseOptimizer):
+            self.basic_optimizer.attach(read_layout(self.optimizer))
+            log_exclusions(self.basic_optimizer)
+
+    engine_class._configure_basic_optimizer = _configure_basic_optimizer
+    engine_class._do_optimizer_sanity_check = _do_optimizer_sanity_check
+    engine_class._configure_optimizer = _configure_optimizer
+
+
+def refuse_what_is_not_exact(engine: Any, optimizer: LayerwiseOptimizer) -> None:
+    """Raises for every setting under which the norms of layers would not be those of unsharded training.
+
+    Raises:
+        ValueError: naming the setting and what to write instead.
+    """
+    name = type(optimizer).__name__
+    if optimizer.max_grad_norm is not None:
+        raise ValueError(
+            f"optimizer.params.max_grad_norm is {optimizer.max_grad_norm} and DeepSpeed clips at gradient_clipping="
+            f"{engine.gradient_clipping()}, too. Under DeepSpeed the engine clips (the norm is the same): write "
+            f'"gradient_clipping": {optimizer.max_grad_norm} at the top level of the ds_config and '
+            '"max_grad_norm": null in optimizer.params'
+        )
+    stage = engine.zero_optimization_stage()
+    if stage > 2:
+        raise ValueError(
+            f"zero_optimization.stage is {stage}; {name} takes norms of whole layers, and those are exact under stages 0, "
+            "1 and 2 only in this version"
+        )
+    if engine.fp16_enabled() and stage == 0:
+        raise ValueError(
+            f"fp16 with zero_optimization.stage 0: DeepSpeed 0.19.8 divides gradients by a loss scale that it never "
+            f"applied, so {name} would train with steps that are too small; set the stage to 1, or use bf16"
+        )
+    if engine.has_moe_layers:
+        raise ValueError(f"the model has MoE layers, whose experts have process groups of their own; {name} does not know them yet")
+    if engine.pipeline_parallelism:
+        raise ValueError(f"pipeline parallelism is on; {name} does not know tied layers across stages yet")
+    tensor_parallel = getattr(engine.mpu, "get_tensor_model_parallel_world_size", None) or getattr(
+        engine.mpu, "get_model_parallel_world_size", None
+    )
+    tensor_parallel_size = tensor_parallel() if tensor_parallel is not None else 1
+    autotp_size = engine.autotp_size() if hasattr(engine, "autotp_size") else 0
+    if tensor_parallel_size > 1 or autotp_size > 1:
+        raise ValueError(
+            f"tensor parallelism of {max(tensor_parallel_size, autotp_size)} is on; each rank holds a part of a layer and "
+            f"{name} would take the norm of that part"
+        )
+
+
+def log_exclusions(optimizer: LayerwiseOptimizer) -> None:
+    """Says once which layers are left out, so that no exclusion is hidden."""
+    excluded = optimizer.excluded_layers
+    if not excluded:
+        return
+    without = {
+        "adaptation": [p.name for p in excluded if not p.is_adapted],
+        "weight decay": [p.name for p in excluded if not p.is_decayed],
+    }
+    parts = [f"{len(names)} from {what} ({', '.join(names[:6])}{', ...' if len(names) > 6 else ''})" for what, names in without.items() if names]
+    logger.info("%s: %d layers; excluded: %s", type(optimizer).__name__, len(optimizer.layers), "; ".join(parts))
+
+
+def show_log() -> None:
+    """Gives the package's logger an output on rank 0, unless the program has set up logging itself."""
+    if logger.handlers or logging.getLogger().handlers:
+        return
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("[largebatch] %(message)s"))
+    logger.addHandler(handler)
+    logger.propagate = False
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)

@@ -1,0 +1,140 @@
+"""LARS: layer-wise adaptive rate scaling.
+
+Source: You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks", arXiv:1708.03888, Algorithm 1; and
+its restatement as Algorithm 1 of You et al., "Large Batch Optimization for Deep Learning", arXiv:1904.00962, which is
+a different formula (the momentum is normalised, not the gradient) and is called "2019" here.
+
+| paper (1708.03888) | here                | shape        | meaning                                    |
+|--------------------|---------------------|--------------|--------------------------------------------|
+| w                  | weight              | layer        | weights of one layer                       |
+| g                  | grad                | layer        | gradient of the loss, without weight decay |
+| v                  | momentum_buffer     | layer        | momentum                                   |
+| gamma_t            | lr                  | scalar       | global learning rate of this step          |
+| lambda             | ratio               | scalar/layer | local learning rate, here: trust ratio     |
+| eta                | trust_coefficient   | scalar       | trust coefficient                          |
+| m                  | momentum            | scalar       | momentum coefficient                       |
+| beta               | weight_decay        | scalar       | weight decay                               |
+
+Deviations from the paper (all off by default, each an option):
+- ``eps`` in the denominator: apex LARC, timm, torchlars (1e-8).
+- ``lr_in_momentum=False``: v <- m v + lambda (g + beta w); w <- w - gamma v (timm, LARC, torchlars). The paper
+  multiplies gamma into v; the two differ whenever gamma changes.
+- ``larc_clip``: gamma lambda becomes min(gamma, lambda) (apex LARC ``clip=True``; NVCaffe policy "clip").
+- ``nesterov``: as in torch.optim.SGD (MLPerf TensorFlow reference, timm).
+- ``decay_in_ratio=False``: ||g|| alone in the denominator (NVCaffe ``GetLocalRate``).
+- ``damp_ratio_by_momentum``: lambda times (1 - m) (NVCaffe ``GetLocalRate``).
+- ``skip_zero_norm_layers``: a layer with a zero norm also loses its weight decay and its clip (apex LARC).
+- ``decoupled_weight_decay``: w <- (1 - gamma beta) w before the step, beta = 0 elsewhere (arXiv:1711.05101).
+- ``weight_norm_bounds``, ``trust_ratio_bounds``: phi of arXiv:1904.00962; clamps such as ColossalAI's [0, 50].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from largebatch.rules.trust_ratio import guarded_ratio, phi
+
+
+@dataclass(frozen=True)
+class LARS2017:
+    """Algorithm 1 of arXiv:1708.03888. The arguments are those of :class:`largebatch.LARS`."""
+
+    name: ClassVar[str] = "lars"
+    elementwise_state: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
+    counts_steps: ClassVar[bool] = False
+
+    momentum: float
+    trust_coefficient: float
+    eps: float
+    nesterov: bool
+    lr_in_momentum: bool
+    larc_clip: bool
+    decay_in_ratio: bool
+    damp_ratio_by_momentum: bool
+    skip_zero_norm_layers: bool
+    weight_norm_bounds: tuple[float, float] | None
+    trust_ratio_bounds: tuple[float, float] | None
+
+    def direction(self, weight: Tensor, grad: Tensor, state: tuple[Tensor, ...], *, step, weight_decay: float) -> Tensor:
+        return grad
+
+    def trust_ratio(self, weight_norm: Tensor, grad_norm: Tensor, *, lr, weight_decay: Tensor) -> Tensor:
+        # lambda = eta ||w|| / (||g|| + beta ||w||)
+        decayed = weight_decay * weight_norm if self.decay_in_ratio else 0.0
+        coefficient = self.trust_coefficient * ((1 - self.momentum) if self.damp_ratio_by_momentum else 1.0)
+        ratio = guarded_ratio(
+            coefficient * phi(weight_norm, self.weight_norm_bounds),
+            grad_norm + decayed + self.eps,
+            weight_norm=weight_norm,
+            step_norm=grad_norm,
+            bounds=self.trust_ratio_bounds,
+        )
+        if self.larc_clip:  # gamma lambda <- min(gamma, lambda)
+            clipped = torch.where(ratio < lr, ratio / lr, 1.0)
+            if self.skip_zero_norm_layers:
+                clipped = torch.where((weight_norm > 0) & (grad_norm > 0), clipped, 1.0)
+            ratio = clipped
+        return ratio
+
+    def weight_decay_in_force(self, weight_norm: Tensor, grad_norm: Tensor, weight_decay: Tensor) -> Tensor:
+        if not self.skip_zero_norm_layers:
+            return weight_decay
+        return torch.where((weight_norm > 0) & (grad_norm > 0), weight_decay, 0.0)
+
+    def advance(
+        self, weight: Tensor, grad: Tensor, state: tuple[Tensor, ...], *, lr, ratio: Tensor, step, weight_decay
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        (momentum_buffer,) = state
+        inside, outside = (lr * ratio, 1.0) if self.lr_in_momentum else (ratio, lr)
+        # v <- m v + gamma lambda (g + beta w)
+        fresh = inside * (grad + weight_decay * weight)
+        momentum_buffer = self.momentum * momentum_buffer + fresh
+        update = fresh + self.momentum * momentum_buffer if self.nesterov else momentum_buffer
+        # w <- w - v
+        return weight - outside * update, (momentum_buffer,)
+
+
+@dataclass(frozen=True)
+class LARS2019:
+    """Algorithm 1 of arXiv:1904.00962: LARS as the LAMB paper restates it.
+
+    m <- beta1 m + (1 - beta1) (g + lambda x);  x <- x - eta phi(||x||) / ||m|| m. Here beta1 is ``momentum`` and
+    lambda (there: the weight decay) ``weight_decay``. The learning rate is in no buffer.
+    """
+
+    name: ClassVar[str] = "lars2019"
+    elementwise_state: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
+    counts_steps: ClassVar[bool] = False
+
+    momentum: float
+    eps: float
+    weight_norm_bounds: tuple[float, float] | None
+    trust_ratio_bounds: tuple[float, float] | None
+
+    def momentum_of(self, weight: Tensor, grad: Tensor, momentum_buffer: Tensor, *, weight_decay) -> Tensor:
+        return self.momentum * momentum_buffer + (1 - self.momentum) * (grad + weight_decay * weight)
+
+    def direction(self, weight: Tensor, grad: Tensor, state: tuple[Tensor, ...], *, step, weight_decay: float) -> Tensor:
+        return self.momentum_of(weight, grad, state[0], weight_decay=weight_decay)
+
+    def trust_ratio(self, weight_norm: Tensor, momentum_norm: Tensor, *, lr, weight_decay: Tensor) -> Tensor:
+        return guarded_ratio(
+            phi(weight_norm, self.weight_norm_bounds),
+            momentum_norm + self.eps,
+            weight_norm=weight_norm,
+            step_norm=momentum_norm,
+            bounds=self.trust_ratio_bounds,
+        )
+
+    def weight_decay_in_force(self, weight_norm: Tensor, momentum_norm: Tensor, weight_decay: Tensor) -> Tensor:
+        return weight_decay
+
+    def advance(
+        self, weight: Tensor, grad: Tensor, state: tuple[Tensor, ...], *, lr, ratio: Tensor, step, weight_decay
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        momentum_buffer = self.momentum_of(weight, grad, state[0], weight_decay=weight_decay)
+        return weight - lr * ratio * momentum_buffer, (momentum_buffer,)
