@@ -152,7 +152,9 @@ def check_section(recipe: dict[str, Any]) -> dict[str, Any]:
     for key, choices in (("model", tuple(BUILDERS)), ("data", DATA_SETS)):
         if section[key] not in choices:
             hint = nearest_hint(section[key], choices) if isinstance(section[key], str) else ""
-            raise ValueError(f"largebatch.{key} is {section[key]!r}; expected one of {', '.join(map(repr, choices))}{hint}")
+            raise ValueError(
+                f"largebatch.{key} is {section[key]!r}; expected one of {', '.join(map(repr, choices))}{hint}"
+            )
     if (section["epochs"] is None) == (section["steps"] is None):
         raise ValueError("largebatch needs either epochs or steps, the length of training")
     for key in ("epochs", "steps", "evaluate_every_epochs", "save_every_epochs"):
@@ -269,7 +271,7 @@ def fill_optimizer(config: dict[str, Any], section: dict[str, Any], global_batch
         params["lr"] = scaled_lr(**scaling, global_batch=global_batch)
     elif scaling is not None:
         raise ValueError(
-            f"largebatch.lr_scaling has no effect while optimizer.params.lr is {params.get('lr')!r}; set that to \"auto\""
+            f'largebatch.lr_scaling has no effect while optimizer.params.lr is {params.get("lr")!r}; set that to "auto"'
         )
 
 

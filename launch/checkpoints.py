@@ -57,7 +57,9 @@ def load(engine: Any, folder: str) -> int:
         ValueError: there is none.
     """
     if not os.path.isfile(os.path.join(folder, LATEST)):
-        raise ValueError(f"--resume: {folder!r} holds no complete checkpoint (no file {LATEST!r}); start without --resume")
+        raise ValueError(
+            f"--resume: {folder!r} holds no complete checkpoint (no file {LATEST!r}); start without --resume"
+        )
     path, client_state = engine.load_checkpoint(folder)
     if path is None or "largebatch_step" not in client_state:
         raise ValueError(f"--resume: the checkpoint in {folder!r} was not written by launch/train.py")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import nn
-
 from largebatch.launch.input_pipeline import DataSet, Images
+from torch import nn
 
 EVALUATION_BATCH = 500
 
@@ -28,7 +27,9 @@ def evaluate(
         logits = model(data.inputs(pixels[batch], dtype)).float()
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[batch].unsqueeze(1)
         loss = nn.functional.cross_entropy(logits, labels[batch], reduction="sum")
-        totals += torch.stack([best[:, 0].sum(), best.sum(), loss, best.new_tensor(len(best), dtype=loss.dtype)]).double()
+        totals += torch.stack(
+            [best[:, 0].sum(), best.sum(), loss, best.new_tensor(len(best), dtype=loss.dtype)]
+        ).double()
     if world_size > 1:
         dist.all_reduce(totals)
     model.train(was_training)

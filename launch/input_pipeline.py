@@ -89,13 +89,15 @@ def load_mnist(folder: str) -> DataSet:
     from torchvision.datasets import MNIST
 
     if not os.path.isdir(folder):
-        raise ValueError(f"--data is {folder!r}, which is not a folder; expected one that holds MNIST/raw or MNIST/processed")
+        raise ValueError(
+            f"--data is {folder!r}, which is not a folder; expected one that holds MNIST/raw or MNIST/processed"
+        )
     try:
         parts = [MNIST(folder, train=train, download=False) for train in (True, False)]
     except RuntimeError:
         raise ValueError(
             f"--data {folder!r} holds no MNIST; expected {os.path.join(folder, 'MNIST', 'raw')} with the four unpacked files "
-            f"(python -c \"from torchvision.datasets import MNIST; MNIST({folder!r}, download=True)\" fetches them)"
+            f'(python -c "from torchvision.datasets import MNIST; MNIST({folder!r}, download=True)" fetches them)'
         ) from None
     return with_statistics("mnist", *(Images(p.data.unsqueeze(1), p.targets.long()) for p in parts))
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
 from largebatch.launch import checkpoints
 from largebatch.launch.arguments import Plan, apply_overrides, check_section, make_plan, parse_arguments, read_recipe
 from largebatch.launch.input_pipeline import load_data
@@ -68,7 +67,11 @@ def build(arguments) -> tuple[str, TrainingLoop, int]:
         images_done=first_step * plan.global_batch,
     )
     announce(reporter, engine, plan, data, world_size, first_step)
-    return run_folder, TrainingLoop(engine, plan, data, reporter, folder=folder, rank=rank, world_size=world_size), first_step
+    return (
+        run_folder,
+        TrainingLoop(engine, plan, data, reporter, folder=folder, rank=rank, world_size=world_size),
+        first_step,
+    )
 
 
 def import_deepspeed() -> Any:
@@ -78,11 +81,16 @@ def import_deepspeed() -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", 1))))
+            torch.set_num_threads(
+                max(
+                    1,
+                    len(os.sched_getaffinity(0))
+                    // int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", 1)),
+                )
+            )
     import deepspeed
-    from deepspeed.utils import logger
-
     import largebatch
+    from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
     largebatch.register()
@@ -94,7 +102,6 @@ def import_deepspeed() -> Any:
 
 def check_optimizer_type(name: Any) -> None:
     from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
-
     from largebatch.config import nearest_hint
     from largebatch.register import OPTIMIZERS
 

@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-
 from largebatch.launch import checkpoints
 from largebatch.launch.arguments import Plan
 from largebatch.launch.evaluation import evaluate
 from largebatch.launch.input_pipeline import DataSet, Images, MicroBatches
 from largebatch.launch.reporting import Reporter
 from largebatch.optim.layerwise import LayerwiseOptimizer
+from torch import Tensor, nn
 
 SECONDS_BETWEEN_POLLS = 2.0
 
@@ -61,7 +60,9 @@ class TrainingLoop:
         folder: of the checkpoints.
     """
 
-    def __init__(self, engine: Any, plan: Plan, data: DataSet, reporter: Reporter, *, folder: str, rank: int, world_size: int):
+    def __init__(
+        self, engine: Any, plan: Plan, data: DataSet, reporter: Reporter, *, folder: str, rank: int, world_size: int
+    ):
         self.engine, self.plan, self.data, self.reporter, self.folder = engine, plan, data, reporter, folder
         self.rank, self.world_size = rank, world_size
         self.device = engine.device

@@ -1,6 +1,6 @@
 """Runs an unmodified DeepSpeed script with largebatch registered.
 
-    deepspeed --module largebatch your_script.py --deepspeed_config ds_config.json
+deepspeed --module largebatch your_script.py --deepspeed_config ds_config.json
 """
 
 from __future__ import annotations

@@ -12,9 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from torch import Tensor
-
 from largebatch.kernels.dispatch import CHOICES as KERNEL_CHOICES
+from torch import Tensor
 
 
 class UnknownOptionError(TypeError, ValueError):

@@ -27,7 +27,7 @@ NORM_NAME = re.compile(
 )
 """Parameter names that say normalisation where the module is not known, such as layer1.0.bn2.weight or ln_f.bias."""
 
-BIAS_NAME = re.compile(r"(^|[._])bias(_[a-z0-9]+)?$")
+BIAS_NAME = re.compile(r"(^|[._])bias(_[a-z0-9]+)*$")
 """Also matches the bias_ih_l0 of recurrent layers."""
 
 KINDS = ("bias", "norm")

@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch.optim import Optimizer
-
 from largebatch import schedule
 from largebatch.config import is_number
+from torch.optim import Optimizer
 
 
 def torch_optimizer(optimizer: Any) -> Optimizer:
@@ -82,7 +81,9 @@ class FactorLR:
 
     def step(self, last_batch_iteration: int | None = None) -> None:
         """Moves on by one optimizer step, or to the given one."""
-        self.last_batch_iteration = self.last_batch_iteration + 1 if last_batch_iteration is None else last_batch_iteration
+        self.last_batch_iteration = (
+            self.last_batch_iteration + 1 if last_batch_iteration is None else last_batch_iteration
+        )
         self._set()
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ What is changed, and why there is no public door for it (DeepSpeed 0.19.8):
 - ``DeepSpeedEngine._configure_basic_optimizer``: builds our classes from their names.
 - ``DeepSpeedEngine._do_optimizer_sanity_check``, ``_configure_optimizer``: before and after the engine wraps an
   optimizer of ours, however it was given; afterwards the layer map is attached.
+- ``_update_scale``, ``step`` and ``backward`` of single engines and wrappers under fp16: see largebatch.loss_scale.
 - ``lr_schedules``: our schedulers become attributes, where DeepSpeed looks their names up.
 """
 
@@ -20,6 +21,7 @@ import os
 import sys
 from typing import Any
 
+from largebatch import loss_scale
 from largebatch.layer_map.zero import TESTED_DEEPSPEED, read_layout
 from largebatch.lr_schedulers import SCHEDULERS
 from largebatch.optim.lamb import LAMB, NLAMB, NNLAMB
@@ -83,7 +85,9 @@ def check_internals(modules: dict[str, Any]) -> type:
     """The engine class, once everything that is going to be changed has been seen to exist."""
     import deepspeed
 
-    missing = [f"{name}.{a}" for name, names in REQUIRED_INTERNALS.items() for a in names if not hasattr(modules[name], a)]
+    missing = [
+        f"{name}.{a}" for name, names in REQUIRED_INTERNALS.items() for a in names if not hasattr(modules[name], a)
+    ]
     engine_class = getattr(modules["deepspeed.runtime.engine"], "DeepSpeedEngine", None)
     missing += [f"DeepSpeedEngine.{m}" for m in REQUIRED_ENGINE_METHODS if not hasattr(engine_class, m)]
     config_list = getattr(modules["deepspeed.runtime.config"], "DEEPSPEED_OPTIMIZERS", None)
@@ -123,6 +127,7 @@ def wrap_engine(engine_class: type) -> None:
         configure(self, client_optimizer, model_parameters)
         if isinstance(self.basic_optimizer, LayerwiseOptimizer):
             self.basic_optimizer.attach(read_layout(self.optimizer))
+            loss_scale.repair(self)
             log_exclusions(self.basic_optimizer)
 
     engine_class._configure_basic_optimizer = _configure_basic_optimizer
@@ -150,13 +155,10 @@ def refuse_what_is_not_exact(engine: Any, optimizer: LayerwiseOptimizer) -> None
             f"zero_optimization.stage is {stage}; {name} takes norms of whole layers, and those are exact under stages 0, "
             "1 and 2 only in this version"
         )
-    if engine.fp16_enabled() and stage == 0:
-        raise ValueError(
-            f"fp16 with zero_optimization.stage 0: DeepSpeed 0.19.8 divides gradients by a loss scale that it never "
-            f"applied, so {name} would train with steps that are too small; set the stage to 1, or use bf16"
-        )
     if engine.has_moe_layers:
-        raise ValueError(f"the model has MoE layers, whose experts have process groups of their own; {name} does not know them yet")
+        raise ValueError(
+            f"the model has MoE layers, whose experts have process groups of their own; {name} does not know them yet"
+        )
     if engine.pipeline_parallelism:
         raise ValueError(f"pipeline parallelism is on; {name} does not know tied layers across stages yet")
     tensor_parallel = getattr(engine.mpu, "get_tensor_model_parallel_world_size", None) or getattr(
@@ -180,7 +182,11 @@ def log_exclusions(optimizer: LayerwiseOptimizer) -> None:
         "adaptation": [p.name for p in excluded if not p.is_adapted],
         "weight decay": [p.name for p in excluded if not p.is_decayed],
     }
-    parts = [f"{len(names)} from {what} ({', '.join(names[:6])}{', ...' if len(names) > 6 else ''})" for what, names in without.items() if names]
+    parts = [
+        f"{len(names)} from {what} ({', '.join(names[:6])}{', ...' if len(names) > 6 else ''})"
+        for what, names in without.items()
+        if names
+    ]
     logger.info("%s: %d layers; excluded: %s", type(optimizer).__name__, len(optimizer.layers), "; ".join(parts))
 
 

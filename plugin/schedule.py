@@ -23,13 +23,13 @@ def scaled_lr(rule: str, *, base_lr: float, base_batch: int, global_batch: int) 
         base_lr: > 0, peak learning rate at ``base_batch`` samples a step.
         global_batch: samples a step, >= 1.
     """
+    for name, value in (("base_lr", base_lr), ("base_batch", base_batch), ("global_batch", global_batch)):
+        if not isinstance(value, (int, float)) or not value > 0:
+            raise ValueError(f"lr_scaling.{name} is {value!r}; expected a number > 0")
     ratio = global_batch / base_batch
     factors = {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}
     if rule not in factors:
         raise ValueError(f"lr_scaling.rule is {rule!r}; expected one of {', '.join(map(repr, factors))}")
-    for name, value in (("base_lr", base_lr), ("base_batch", base_batch), ("global_batch", global_batch)):
-        if not value > 0:
-            raise ValueError(f"lr_scaling.{name} is {value!r}; expected a number > 0")
     return base_lr * factors[rule]
 
 

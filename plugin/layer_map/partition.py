@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch.distributed as dist
-from torch import Tensor
-
 from largebatch.layer_map.segment import LayerMap
+from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,6 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-
 from largebatch.config import GlobalOptions, SharedOptions, check_option_names, check_preset
 from largebatch.exclusion import KINDS, LayerPolicy, ParameterIdentity, identities, policy_of
 from largebatch.kernels import dispatch
@@ -24,6 +22,7 @@ from largebatch.layer_map.reduce import all_reduce_sums_
 from largebatch.layer_map.segment import LayerMap, whole_layer
 from largebatch.rules.rule import Rule
 from largebatch.telemetry import LayerStats
+from torch import Tensor, nn
 
 logger = logging.getLogger("largebatch")
 
@@ -37,7 +36,9 @@ def fills_from_preset(init: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(init)
     def wrapped(self, *args, **kwargs):
         known = [name for name in signature.parameters if name not in ("self", "params", "model")]
-        check_option_names({k: v for k, v in kwargs.items() if k not in ("params", "model")}, known, type(self).__name__)
+        check_option_names(
+            {k: v for k, v in kwargs.items() if k not in ("params", "model")}, known, type(self).__name__
+        )
         bound = signature.bind(self, *args, **kwargs)
         preset = bound.arguments.get("preset")
         if preset is not None:
@@ -98,7 +99,10 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         """
         known = [n for n in inspect.signature(cls.__init__).parameters if n not in ("self", "params", "model")]
         check_option_names(json_params, known, "optimizer.params")
-        if "lr" not in json_params and inspect.signature(cls.__init__).parameters["lr"].default is inspect.Parameter.empty:
+        if (
+            "lr" not in json_params
+            and inspect.signature(cls.__init__).parameters["lr"].default is inspect.Parameter.empty
+        ):
             raise ValueError(f"optimizer.params.lr is missing; {cls.__name__} has no default learning rate")
         try:
             return cls(params, model=model, **json_params)
@@ -230,7 +234,9 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
                     assert tensor not in self._partitions or self._partitions[tensor].process_group is None
                     continue
                 if tensor.grad.is_sparse:
-                    raise RuntimeError(f"{type(self).__name__} does not support sparse gradients; use a dense embedding")
+                    raise RuntimeError(
+                        f"{type(self).__name__} does not support sparse gradients; use a dense embedding"
+                    )
                 state = self._state_of(tensor, rule)
                 if not self._is_armed:
                     continue
@@ -347,7 +353,10 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
                 'out in parts; set max_grad_norm to null and the engine\'s "gradient_clipping" to the value'
             )
         home = calls[0].device
-        sums = [kernels.square_sums(call.segments.grads).sum().to(home) for call, kernels in zip(calls, backends, strict=True)]
+        sums = [
+            kernels.square_sums(call.segments.grads).sum().to(home)
+            for call, kernels in zip(calls, backends, strict=True)
+        ]
         norm = torch.stack(sums).sum().sqrt()
         return self.max_grad_norm / norm.clamp(min=self.max_grad_norm)
 

@@ -35,9 +35,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
-
 from largebatch.rules.trust_ratio import guarded_ratio, phi
+from torch import Tensor
 
 
 def square_root(value):
@@ -75,7 +74,9 @@ class LAMB:
         """r + lambda x, where r = m^ / (sqrt(v^) + epsilon)."""
         return m_hat / (v_hat.sqrt() + self.eps) + weight_decay * weight
 
-    def direction(self, weight: Tensor, grad: Tensor, state: tuple[Tensor, ...], *, step, weight_decay: float) -> Tensor:
+    def direction(
+        self, weight: Tensor, grad: Tensor, state: tuple[Tensor, ...], *, step, weight_decay: float
+    ) -> Tensor:
         exp_avg, exp_avg_sq = self.moments(*state, grad)
         m_hat, v_hat = self.bias_corrected(exp_avg, exp_avg_sq, grad, step=step)
         update = self.update(weight, m_hat, v_hat, weight_decay=weight_decay)

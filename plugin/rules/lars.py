@@ -34,9 +34,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
-
 from largebatch.rules.trust_ratio import guarded_ratio, phi
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,9 @@ class LARS2017:
     weight_norm_bounds: tuple[float, float] | None
     trust_ratio_bounds: tuple[float, float] | None
 
-    def direction(self, weight: Tensor, grad: Tensor, state: tuple[Tensor, ...], *, step, weight_decay: float) -> Tensor:
+    def direction(
+        self, weight: Tensor, grad: Tensor, state: tuple[Tensor, ...], *, step, weight_decay: float
+    ) -> Tensor:
         return grad
 
     def trust_ratio(self, weight_norm: Tensor, grad_norm: Tensor, *, lr, weight_decay: Tensor) -> Tensor:
@@ -118,7 +119,9 @@ class LARS2019:
     def momentum_of(self, weight: Tensor, grad: Tensor, momentum_buffer: Tensor, *, weight_decay) -> Tensor:
         return self.momentum * momentum_buffer + (1 - self.momentum) * (grad + weight_decay * weight)
 
-    def direction(self, weight: Tensor, grad: Tensor, state: tuple[Tensor, ...], *, step, weight_decay: float) -> Tensor:
+    def direction(
+        self, weight: Tensor, grad: Tensor, state: tuple[Tensor, ...], *, step, weight_decay: float
+    ) -> Tensor:
         return self.momentum_of(weight, grad, state[0], weight_decay=weight_decay)
 
     def trust_ratio(self, weight_norm: Tensor, momentum_norm: Tensor, *, lr, weight_decay: Tensor) -> Tensor:

@@ -20,7 +20,9 @@ class Rule(Protocol):
     counts_steps: ClassVar[bool]
     """Whether the equations contain the step number t."""
 
-    def direction(self, weight: Tensor, grad: Tensor, state: tuple[Tensor, ...], *, step, weight_decay: float) -> Tensor:
+    def direction(
+        self, weight: Tensor, grad: Tensor, state: tuple[Tensor, ...], *, step, weight_decay: float
+    ) -> Tensor:
         """The vector whose norm goes into the denominator of the trust ratio. NaN where the step would overflow."""
         ...
 

@@ -22,7 +22,12 @@ def phi(weight_norm: Tensor, bounds: tuple[float, float] | None) -> Tensor:
 
 
 def guarded_ratio(
-    numerator: Tensor, denominator: Tensor, *, weight_norm: Tensor, step_norm: Tensor, bounds: tuple[float, float] | None
+    numerator: Tensor,
+    denominator: Tensor,
+    *,
+    weight_norm: Tensor,
+    step_norm: Tensor,
+    bounds: tuple[float, float] | None,
 ) -> Tensor:
     """numerator / denominator of each layer; exactly 1 where a norm is zero.
 

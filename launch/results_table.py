@@ -1,0 +1,81 @@
+"""Prints a Markdown table of finished runs: python -m largebatch.launch.results_table RUN_FOLDER [RUN_FOLDER ...]
+
+Runs that differ in nothing but the seed share a row, with mean and sample standard deviation.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Run:
+    """What metrics.jsonl says of a run that came to its end."""
+
+    config: dict[str, Any]
+    num_steps: int
+    top1: float
+    images_per_second: float
+
+    @property
+    def row_key(self) -> str:
+        """Everything in force except the seed and the folder."""
+        config = json.loads(json.dumps(self.config))
+        config["largebatch"].pop("seed")
+        config.pop("tensorboard", None)
+        return json.dumps(config, sort_keys=True)
+
+
+def read_run(folder: str) -> Run | None:
+    """The run in a folder; None if it has not ended."""
+    path = os.path.join(folder, "metrics.jsonl")
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        events = [json.loads(line) for line in file]
+    start = next((e for e in events if e["event"] == "start"), None)
+    end = next((e for e in events if e["event"] == "end"), None)
+    if start is None or end is None:
+        return None
+    return Run(start["config"], end["step"], end["top1"], end["images_per_second"])
+
+
+def table(runs: list[Run]) -> str:
+    """One row per optimizer, batch and setting, in the order of the runs."""
+    rows: dict[str, list[Run]] = {}
+    for run in runs:
+        rows.setdefault(run.row_key, []).append(run)
+    lines = [
+        "| optimizer | lr | global batch | steps | test accuracy | runs | images/s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for group in rows.values():
+        first = group[0]
+        optimizer = first.config["optimizer"]
+        accuracies = [run.top1 for run in group]
+        spread = f" ± {statistics.stdev(accuracies):.4f}" if len(group) > 1 else ""
+        speed = statistics.median(run.images_per_second for run in group)
+        lines.append(
+            f"| {optimizer['type']} | {optimizer['params'].get('lr'):.4g} | {first.config['train_batch_size']:,} "
+            f"| {first.num_steps} | {statistics.mean(accuracies):.4f}{spread} | {len(group)} | {speed:,.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(folders: list[str]) -> int:
+    runs = {folder: read_run(folder) for folder in folders}
+    unfinished = [folder for folder, run in runs.items() if run is None]
+    if unfinished or not runs:
+        print(f"largebatch: error: no finished run in {', '.join(unfinished) or 'the arguments'}", file=sys.stderr)
+        return 2
+    print(table([run for run in runs.values() if run is not None]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,39 @@
+"""Settings of the whole suite."""
+
+import os
+
+# ranks and launchers inherit these; without a GPU DeepSpeed would ask, and warn, in every process
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import pathlib
+
+import pytest
+import torch
+
+SHARED_DATA = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def mnist_folder():
+    """The folder with MNIST/; tests that need it are skipped where it is absent."""
+    folder = pathlib.Path(os.environ.get("LARGEBATCH_TEST_DATA", SHARED_DATA))
+    if not (folder / "MNIST").is_dir():
+        pytest.skip(f"no MNIST under {folder}; set LARGEBATCH_TEST_DATA to a folder that holds MNIST/")
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def rank_pool():
+    """Worker processes in gloo groups of 1 to 4, started when first asked for."""
+    from support.rank_pool import RankPool
+
+    pool = RankPool()
+    yield pool
+    pool.close()

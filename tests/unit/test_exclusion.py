@@ -1,0 +1,105 @@
+"""Which parameters are left out, by module type and by name."""
+
+import largebatch
+import pytest
+import torch
+import torchvision
+from largebatch.exclusion import ParameterIdentity, identities, kinds_of
+from torch import nn
+
+
+class OddlyNamed(nn.Module):
+    """Modules whose parameter names do not say what they are."""
+
+    def __init__(self):
+        super().__init__()
+        self.shortcut = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+        self.normal = nn.Linear(4, 4)  # a name that only begins like a norm
+        self.scale = LlamaRMSNorm()
+        self.rnn = nn.GRU(4, 4)
+
+
+class LlamaRMSNorm(nn.Module):
+    """A class outside torch.nn, as in transformers."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+
+def names_of_kind(model, kind):
+    return {i.name for i in identities(model).values() if kind in i.kinds}
+
+
+def test_by_module_type():
+    model = OddlyNamed()
+    assert names_of_kind(model, "norm") == {"shortcut.1.weight", "shortcut.1.bias", "scale.weight"}
+    assert names_of_kind(model, "bias") == {
+        "shortcut.0.bias", "shortcut.1.bias", "normal.bias", "rnn.bias_ih_l0", "rnn.bias_hh_l0",
+    }  # fmt: skip
+
+
+def test_resnet50_excludes_53_norms_and_the_bias_of_the_classifier():
+    model = torchvision.models.resnet50()
+    optimizer = largebatch.LARS(model.parameters(), lr=1.0, preset="mlperf", model=model)
+    assert len(optimizer.layers) == 161
+    assert len(optimizer.excluded_layers) == 2 * 53 + 1
+    assert all(not policy.is_adapted and not policy.is_decayed for policy in optimizer.excluded_layers)
+
+
+@pytest.mark.parametrize(
+    "name, kinds",
+    [
+        ("layer1.0.bn2.weight", {"norm"}),
+        ("layer1.0.bn2.bias", {"norm", "bias"}),
+        ("encoder.layer.3.attention.output.LayerNorm.weight", {"norm"}),
+        ("h.0.ln_1.weight", {"norm"}),
+        ("ln_f.bias", {"norm", "bias"}),
+        ("post_attention_layernorm.weight", {"norm"}),
+        ("fc.bias", {"bias"}),
+        ("rnn.bias_ih_l0", {"bias"}),
+        ("conv1.weight", set()),
+        ("normal.weight", set()),
+        ("biases_table.weight", set()),
+        ("downsample.1.weight", set()),  # a batch norm that its name does not show: pass model=
+    ],
+)
+def test_by_name(name, kinds):
+    assert kinds_of(ParameterIdentity(name)) == kinds
+
+
+def test_named_parameters_are_enough_and_regular_expressions_work():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    optimizer = largebatch.LAMB(
+        model.named_parameters(),
+        exclude_from_adaptation=["bias"],
+        exclude_from_weight_decay=[r"^1\."],
+        weight_decay=0.1,
+    )
+    treatment = {p.name: (p.is_adapted, p.is_decayed) for p in optimizer.layers}
+    assert treatment == {
+        "0.weight": (True, True), "0.bias": (False, True), "1.weight": (True, False), "1.bias": (False, False),
+    }  # fmt: skip
+
+
+def test_nothing_is_excluded_unless_asked_for():
+    model = torchvision.models.resnet18()
+    assert largebatch.LARS(model.parameters(), lr=1.0, model=model).excluded_layers == []
+
+
+def test_a_pattern_that_matches_nothing_is_an_error():
+    model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"exclude_from_weight_decay has 'embeding', which matches no parameter name"):
+        largebatch.LAMB(model.named_parameters(), exclude_from_weight_decay=["embeding"])
+
+
+def test_excluded_layers_really_are_not_adapted_or_decayed():
+    model = nn.Linear(4, 4)
+    optimizer = largebatch.LARS(model.parameters(), lr=1.0, weight_decay=0.1, preset="mlperf", model=model)
+    model(torch.randn(8, 4)).square().sum().backward()
+    bias, grad = model.bias.detach().clone(), model.bias.grad.clone()
+    optimizer.step()
+    assert torch.equal(model.bias, bias - grad)
+    stats = optimizer.layer_stats()
+    assert stats["bias"]["trust_ratio"] == 1.0 and stats["bias"]["weight_decay"] == 0.0
+    assert stats["weight"]["trust_ratio"] != 1.0 and stats["weight"]["weight_decay"] == 0.1
