@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from largebatch.launch.input_pipeline import DataSet, Images
 from torch import nn
+
+from largebatch.launch.input_pipeline import DataSet, Images
 
 EVALUATION_BATCH = 500
 

@@ -24,10 +24,16 @@ class Reporter:
         self.monitor = monitor
         if self.is_writer:
             self.file = open(path, "a", encoding="utf-8")
+            self.num_images, self.images_done = num_images, images_done
+        self.bar: tqdm | None = None
+
+    def start_bar(self) -> None:
+        """From here on progress is shown."""
+        if self.is_writer:
             is_terminal = sys.stderr.isatty()
             self.bar = tqdm(
-                total=num_images,
-                initial=images_done,
+                total=self.num_images,
+                initial=self.images_done,
                 unit="img",
                 unit_scale=True,
                 mininterval=0.5 if is_terminal else 20.0,
@@ -47,12 +53,12 @@ class Reporter:
             self.monitor.write_events([(tag, float(value), num_samples) for tag, value in values.items()])
 
     def advance(self, num_images: int) -> None:
-        if self.is_writer:
+        if self.bar is not None:
             self.bar.update(num_images)
 
     def status(self, **values: Any) -> None:
         """Shown behind the progress bar."""
-        if self.is_writer:
+        if self.bar is not None:
             self.bar.set_postfix(values, refresh=False)
 
     def say(self, text: str) -> None:
@@ -63,7 +69,8 @@ class Reporter:
 
     def close(self) -> None:
         if self.is_writer:
-            self.bar.close()
+            if self.bar is not None:
+                self.bar.close()
             self.file.flush()
             os.fsync(self.file.fileno())
             self.file.close()

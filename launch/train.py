@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
 from largebatch.launch import checkpoints
 from largebatch.launch.arguments import Plan, apply_overrides, check_section, make_plan, parse_arguments, read_recipe
 from largebatch.launch.input_pipeline import load_data
@@ -89,8 +90,9 @@ def import_deepspeed() -> Any:
                 )
             )
     import deepspeed
-    import largebatch
     from deepspeed.utils import logger
+
+    import largebatch
 
     logger.setLevel(logging.WARNING)
     largebatch.register()
@@ -102,6 +104,7 @@ def import_deepspeed() -> Any:
 
 def check_optimizer_type(name: Any) -> None:
     from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
+
     from largebatch.config import nearest_hint
     from largebatch.register import OPTIMIZERS
 

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+
 from largebatch.launch import checkpoints
 from largebatch.launch.arguments import Plan
 from largebatch.launch.evaluation import evaluate
 from largebatch.launch.input_pipeline import DataSet, Images, MicroBatches
 from largebatch.launch.reporting import Reporter
 from largebatch.optim.layerwise import LayerwiseOptimizer
-from torch import Tensor, nn
 
 SECONDS_BETWEEN_POLLS = 2.0
 
@@ -88,6 +89,7 @@ class TrainingLoop:
         steps_per_epoch = len(self.data.train) / plan.global_batch
         accuracy: dict[str, float] = {}
         step = first_step
+        self.reporter.start_bar()
         with self.interruption.watched():
             while step < plan.num_steps:
                 if not self._train_one_step(step):

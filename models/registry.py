@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import nn
+
 from largebatch.config import nearest_hint
 from largebatch.models.lenet import LeNet
 from largebatch.models.mlp import MLP
-from torch import nn
 
 BUILDERS: dict[str, Callable[..., nn.Module]] = {"lenet": LeNet, "mlp": MLP}
 """Each builder takes ``image_shape`` (channels, height, width) and ``num_classes``."""

@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from largebatch.kernels.dispatch import CHOICES as KERNEL_CHOICES
 from torch import Tensor
+
+from largebatch.kernels.dispatch import CHOICES as KERNEL_CHOICES
 
 
 class UnknownOptionError(TypeError, ValueError):

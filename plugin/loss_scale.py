@@ -77,9 +77,16 @@ def follow_json(engine: Any) -> None:
 
     def _update_scale(skip=False):
         # the wrapper's fields are what its checkpoint holds
-        scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter = state.cur_scale, state.cur_iter, state.last_overflow_iter
+        scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter = (
+            state.cur_scale,
+            state.cur_iter,
+            state.last_overflow_iter,
+        )
         scaler.update_scale(skip)
-        state.cur_scale, state.cur_iter, state.last_overflow_iter = scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter
+        state.cur_scale, state.cur_iter, state.last_overflow_iter = (
+            scaler.cur_scale,
+            scaler.cur_iter,
+            scaler.last_overflow_iter,
+        )
 
     wrapper._update_scale = _update_scale
-

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch.optim import Optimizer
+
 from largebatch import schedule
 from largebatch.config import is_number
-from torch.optim import Optimizer
 
 
 def torch_optimizer(optimizer: Any) -> Optimizer:

@@ -4,7 +4,8 @@ What is changed, and why there is no public door for it (DeepSpeed 0.19.8):
 - ``config.DEEPSPEED_OPTIMIZERS``: names in it are lower-cased and may be handled by the engine; ours are added.
 - ``engine.LAMB_OPTIMIZER``: switches on FusedLamb, an assertion against static loss scales and a step path without
   ``step()``; set to a name that no JSON can have, so that "LAMB" in any spelling is ours.
-- ``zero.utils.ZERO_SUPPORTED_OPTIMIZERS``: our classes are added, so that ZeRO needs no "untested" flag for them.
+- ``zero.utils.ZERO_SUPPORTED_OPTIMIZERS``: our classes are added, so that ZeRO needs no "untested" flag for them;
+  so is torch.optim.SGD, the papers' baseline: it is elementwise, and so exact however the parameters are cut.
 - ``DeepSpeedEngine._configure_basic_optimizer``: builds our classes from their names.
 - ``DeepSpeedEngine._do_optimizer_sanity_check``, ``_configure_optimizer``: before and after the engine wraps an
   optimizer of ours, however it was given; afterwards the layer map is attached.
@@ -20,6 +21,8 @@ import logging
 import os
 import sys
 from typing import Any
+
+import torch
 
 from largebatch import loss_scale
 from largebatch.layer_map.zero import TESTED_DEEPSPEED, read_layout
@@ -65,7 +68,7 @@ def register() -> None:
         name for name in OPTIMIZERS if name not in modules["deepspeed.runtime.config"].DEEPSPEED_OPTIMIZERS
     )
     modules["deepspeed.runtime.engine"].LAMB_OPTIMIZER = UNREACHABLE_NAME
-    modules["deepspeed.runtime.zero.utils"].ZERO_SUPPORTED_OPTIMIZERS.extend(OPTIMIZERS.values())
+    modules["deepspeed.runtime.zero.utils"].ZERO_SUPPORTED_OPTIMIZERS.extend((*OPTIMIZERS.values(), torch.optim.SGD))
     for name, scheduler in SCHEDULERS.items():
         setattr(modules["deepspeed.runtime.lr_schedules"], name, scheduler)
     wrap_engine(engine_class)

@@ -6,6 +6,7 @@ import functools
 import logging
 
 import torch
+
 from largebatch.kernels.interface import Kernels
 from largebatch.kernels.reference import ReferenceKernels
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from largebatch.rules.rule import Rule
 from torch import Tensor
+
+from largebatch.rules.rule import Rule
 
 
 @dataclass

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from largebatch.kernels.interface import Segments
 from torch import Tensor
+
+from largebatch.kernels.interface import Segments
 
 # fp64 copies are made of at most this many elements at a time (8 MB), so that a step needs no full-size temporary
 SUM_BLOCK = 1 << 20

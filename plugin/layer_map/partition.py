@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch.distributed as dist
-from largebatch.layer_map.segment import LayerMap
 from torch import Tensor
+
+from largebatch.layer_map.segment import LayerMap
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
 from largebatch.layer_map.partition import Partition
 from largebatch.layer_map.segment import LayerMap, slice_of_concatenation, whole_layer
-from torch import Tensor
 
 TESTED_DEEPSPEED = ("0.19.8",)
 """Versions under which the test suite has passed."""

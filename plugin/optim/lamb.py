@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import nn
+
 from largebatch.config import LAMBOptions, NesterovLAMBOptions
 from largebatch.optim.layerwise import LayerwiseOptimizer, fills_from_preset
 from largebatch.presets import LAMB_PRESETS, NESTEROV_LAMB_PRESETS
 from largebatch.rules import lamb as rules
-from torch import nn
 
 
 class LAMB(LayerwiseOptimizer):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import nn
+
 from largebatch.config import LARSOptions
 from largebatch.optim.layerwise import LayerwiseOptimizer, fills_from_preset
 from largebatch.presets import LARS_PRESETS
 from largebatch.rules.lars import LARS2017, LARS2019
-from torch import nn
 
 
 class LARS(LayerwiseOptimizer):

@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+
 from largebatch.config import GlobalOptions, SharedOptions, check_option_names, check_preset
 from largebatch.exclusion import KINDS, LayerPolicy, ParameterIdentity, identities, policy_of
 from largebatch.kernels import dispatch
@@ -22,7 +24,6 @@ from largebatch.layer_map.reduce import all_reduce_sums_
 from largebatch.layer_map.segment import LayerMap, whole_layer
 from largebatch.rules.rule import Rule
 from largebatch.telemetry import LayerStats
-from torch import Tensor, nn
 
 logger = logging.getLogger("largebatch")
 

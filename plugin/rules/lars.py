@@ -34,8 +34,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from largebatch.rules.trust_ratio import guarded_ratio, phi
 from torch import Tensor
+
+from largebatch.rules.trust_ratio import guarded_ratio, phi
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+
 from support import launching
 
 pytestmark = pytest.mark.launcher
@@ -41,7 +42,10 @@ def test_one_rank_and_stage_0_give_the_same(accumulated, tmp_path):
 
 def test_what_a_run_leaves_behind(accumulated):
     folder, out = accumulated
-    assert "global batch 480 = 20 x 12 accumulation steps x 2 ranks on cpu, 8 steps, fp32, ZeRO stage 1, gradient clipping off" in out
+    assert (
+        "global batch 480 = 20 x 12 accumulation steps x 2 ranks on cpu, 8 steps, fp32, ZeRO stage 1, gradient clipping off"
+        in out
+    )
     assert "test accuracy: top-1 0." in out and f"checkpoint: {folder}/checkpoints/step8" in out
     (start,) = launching.events(folder, "start")
     assert start["config"]["optimizer"]["params"]["lr"] > 0 and start["world_size"] == 2
@@ -52,7 +56,10 @@ def test_what_a_run_leaves_behind(accumulated):
     assert 0 <= end["top1"] <= end["top5"] <= 1
     assert any(name.startswith("events.out.tfevents") for name in os.listdir(folder / "tensorboard"))
     assert (folder / "ds_config.json").exists()
-    assert sorted(os.listdir(folder / "checkpoints")) == ["latest", "step8", "zero_to_fp32.py"]
+    left = sorted(os.listdir(folder / "checkpoints"))
+    assert [name for name in left if not name.startswith("zero_to_")] == ["latest", "step8"], (
+        "the rest is DeepSpeed's own"
+    )
 
 
 def test_tensorboard_holds_the_trust_ratios(accumulated):
@@ -94,7 +101,7 @@ def test_ctrl_c_saves_and_resume_continues_with_the_same_numbers(tmp_path):
     [
         (["--deepspeed_config", "ds_configs/nothing.json"], "--deepspeed_config is 'ds_configs/nothing.json', which does not exist"),
         (["--deepspeed_config", RECIPE, "--set", "largebatch.model=lenett"], "largebatch.model is 'lenett'"),
-        (["--deepspeed_config", RECIPE, "--set", "train_batch_size=481"], "nearest: 480 or 560"),
+        (["--deepspeed_config", RECIPE, "--set", "train_batch_size=481"], "nearest: 480 or 520"),
         (["--deepspeed_config", RECIPE, "--set", "largebatch.data=mnist"], "--data is missing"),
     ],
 )  # fmt: skip
@@ -107,7 +114,11 @@ def test_a_bad_request_is_one_line_on_every_rank(arguments, message):
         )
         assert result.returncode == 2
         if local_rank == "0":
-            assert message in result.stderr and result.stderr.count("\n") == 1 and result.stderr.startswith("largebatch: error: ")
+            assert (
+                message in result.stderr
+                and result.stderr.count("\n") == 1
+                and result.stderr.startswith("largebatch: error: ")
+            )
         else:
             assert result.stderr == ""
 
@@ -117,7 +128,9 @@ def test_a_bad_request_ends_the_launcher_with_an_error(accumulated):
     code, out, err = launching.finish(launching.start("launch/train.py", *MLP, "--steps", 8, "--output", folder))
     assert code != 0 and "already holds a run; continue it with --resume" in err and "Traceback" not in out + err
     code, out, err = launching.finish(
-        launching.start("launch/train.py", *MLP, "--steps", 8, "--set", "optimizer.params.momentun=0.5", "--output", f"{folder}-2")
+        launching.start(
+            "launch/train.py", *MLP, "--steps", 8, "--set", "optimizer.params.momentun=0.5", "--output", f"{folder}-2"
+        )
     )
     assert code != 0 and "did you mean 'momentum'?" in err and "Traceback" not in out + err
 
@@ -157,9 +170,13 @@ def test_an_unmodified_script_through_the_module(tmp_path):
         "largebatch", tmp_path / "script.py", "--deepspeed_config", tmp_path / "ds_config.json",
         launcher_options=("--log_level", "error", "--module"),
     )  # fmt: skip
+    before = set(os.listdir("/dev/shm"))
     code, out, err = launching.finish(process)
+    for name in set(os.listdir("/dev/shm")) - before:  # 66 MB a rank, which DeepSpeed leaves behind
+        if name.startswith("deepspeed_allreduce_buffer"):
+            os.unlink(f"/dev/shm/{name}")
     assert code == 0, out + err
-    assert out.count("BUILT largebatch.optim.lamb [0.07") == 2
+    assert out.count("BUILT largebatch.optim.lamb [0.0699") == 2
     assert "registered optimizers LARS, LAMB, NLAMB, NNLAMB (in place of DeepSpeed's own Lamb)" in err
 
 

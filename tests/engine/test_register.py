@@ -1,6 +1,7 @@
 """What register() changes in DeepSpeed, what it leaves alone, and what it refuses."""
 
 import pytest
+
 from support import engine_runs
 
 MESSAGE = "no error was raised"
@@ -98,9 +99,7 @@ def unregistered_step():
     import deepspeed.runtime.engine as engine_module
 
     hooked = engine_module.DeepSpeedEngine
-    originals = {
-        name: getattr(hooked, name) for name in ("_do_optimizer_sanity_check", "_configure_optimizer")
-    }
+    originals = {name: getattr(hooked, name) for name in ("_do_optimizer_sanity_check", "_configure_optimizer")}
     for name, method in originals.items():
         setattr(hooked, name, method.__wrapped__)
     try:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from largebatch.models.registry import BUILDERS, build_model
 
 

@@ -3,6 +3,7 @@
 import functools
 
 import pytest
+
 from support import engine_runs
 from support.problems import relative_error
 

@@ -10,6 +10,7 @@ import sys
 import time
 
 import torch
+
 from support.rank_pool import free_port
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -17,7 +18,11 @@ SECONDS = 240
 
 
 def environment():
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    }
     env["PATH"] = f"{os.path.dirname(sys.executable)}{os.pathsep}{env['PATH']}"
     env["DS_ACCELERATOR"] = "cpu"
     env["OMP_NUM_THREADS"] = "1"
@@ -27,7 +32,15 @@ def environment():
 def start(*arguments, num_ranks=2, launcher_options=("--log_level", "error")):
     """The deepspeed launcher as a user's shell would start it, in a process group of its own."""
     launcher = shutil.which("deepspeed", path=environment()["PATH"])
-    command = [launcher, "--num_accelerators", str(num_ranks), "--master_port", str(free_port()), *launcher_options, *map(str, arguments)]
+    command = [
+        launcher,
+        "--num_accelerators",
+        str(num_ranks),
+        "--master_port",
+        str(free_port()),
+        *launcher_options,
+        *map(str, arguments),
+    ]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )  # fmt: skip
@@ -50,7 +63,9 @@ def train(*arguments, **options):
     before = set(os.listdir("/dev/shm"))
     code, out, err = finish(start("launch/train.py", *arguments, **options))
     assert code == 0, f"exit code {code}\n{out}\n{err}"
-    noise = [line for line in err.splitlines() if any(w in line for w in ("Warning", "WARNING", "Traceback", "terminate"))]
+    noise = [
+        line for line in err.splitlines() if any(w in line for w in ("Warning", "WARNING", "Traceback", "terminate"))
+    ]
     assert [line for line in noise if "hostfile" not in line] == [], err
     assert not [name for name in set(os.listdir("/dev/shm")) - before if "deepspeed" in name]
     return out

@@ -81,6 +81,7 @@ def work(pipe, rank, world_size, port):
     )
     import torch
     import torch.distributed as dist
+
     from support.rank_preload import deepspeed
 
     torch.set_num_threads(1)

@@ -9,6 +9,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed  # noqa: E402
 import deepspeed.utils  # noqa: E402
+
 import largebatch  # noqa: E402
 
 deepspeed.utils.logger.setLevel(logging.ERROR)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from support import oracle
 from support.cases import CASES
 from support.problems import as_parameters, changing_lrs, random_gradients, random_layers, relative_error, run_optimizer

@@ -1,11 +1,12 @@
 """Which parameters are left out, by module type and by name."""
 
-import largebatch
 import pytest
 import torch
 import torchvision
-from largebatch.exclusion import ParameterIdentity, identities, kinds_of
 from torch import nn
+
+import largebatch
+from largebatch.exclusion import ParameterIdentity, identities, kinds_of
 
 
 class OddlyNamed(nn.Module):

@@ -5,9 +5,10 @@ The layer is w = (3, 4), so ||w|| = 5, and g = (0, 2), so ||g|| = 2.
 
 import math
 
-import largebatch
 import pytest
 import torch
+
+import largebatch
 
 
 def one_step(optimizer_class, **options):

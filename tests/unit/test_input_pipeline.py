@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from largebatch.launch.input_pipeline import Images, MicroBatches, SampleOrder, load_data
 
 

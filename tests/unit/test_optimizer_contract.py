@@ -4,9 +4,10 @@ import copy
 import logging
 import pickle
 
-import largebatch
 import pytest
 import torch
+
+import largebatch
 from support.cases import CASES, ILLEGAL
 from support.problems import as_parameters, random_gradients, random_layers, run_optimizer
 

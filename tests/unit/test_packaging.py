@@ -5,8 +5,9 @@ import pathlib
 import subprocess
 import sys
 
-import largebatch
 import pytest
+
+import largebatch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 

@@ -5,10 +5,11 @@ The formulas below are written from the peers' sources, in numpy fp64, with the 
 
 import math
 
-import largebatch
 import numpy as np
 import pytest
 import torch
+
+import largebatch
 from largebatch.presets import LAMB_PRESETS, LARS_PRESETS
 from support import oracle
 from support.oracle import norm

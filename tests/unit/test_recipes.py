@@ -4,9 +4,10 @@ import argparse
 import json
 import pathlib
 
-import largebatch.ds_configs
 import pytest
 import torch
+
+import largebatch.ds_configs
 from largebatch.launch.arguments import apply_overrides, make_plan, parse_arguments, read_recipe, set_entry
 from largebatch.launch.input_pipeline import load_digits
 from largebatch.lr_schedulers import SCHEDULERS
@@ -75,11 +76,11 @@ def with_entries(*assignments):
 @pytest.mark.parametrize(
     "assignments, message",
     [
-        (["train_batch_size=481"], "train_batch_size is 481, and 2 ranks with micro-batches of 40 make multiples of 80; nearest: 480 or 560"),
+        (["train_batch_size=481"], "train_batch_size is 481, and 2 ranks with micro-batches of 20 make multiples of 40; nearest: 480 or 520"),
         (["train_batch_size=7", 'train_micro_batch_size_per_gpu="auto"'], "expected a multiple of 2, such as 6 or 8"),
         (["train_batch_size=0"], "train_batch_size is 0; expected an integer >= 1"),
         (["train_micro_batch_size_per_gpu=0"], "train_micro_batch_size_per_gpu is 0"),
-        (["gradient_accumulation_steps=5"], "gradient_accumulation_steps is 5; expected 6 = train_batch_size 480 / (micro-batch 40 x 2 ranks)"),
+        (["gradient_accumulation_steps=5"], "gradient_accumulation_steps is 5; expected 12 = train_batch_size 480 / (micro-batch 20 x 2 ranks)"),
         (["largebatch.model=lenett"], "largebatch.model is 'lenett'; expected one of 'lenet', 'mlp' (did you mean 'lenet'?)"),
         (["largebatch.data=mnits"], "did you mean 'mnist'?"),
         (["largebatch.epoch=3"], "largebatch.epoch is not known (did you mean 'epochs'?)"),

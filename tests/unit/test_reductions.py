@@ -1,8 +1,9 @@
 """With the ratio forced to 1, LARS is SGD and LAMB is AdamW."""
 
-import largebatch
 import pytest
 import torch
+
+import largebatch
 from support.problems import as_parameters, changing_lrs, random_gradients, random_layers, relative_error, run_optimizer
 
 NUM_STEPS = 30

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from largebatch import schedule
 from largebatch.lr_schedulers import SCHEDULERS, WarmupCosineDecayLR, WarmupPolyLR, WarmupStepLR
 

@@ -4,6 +4,7 @@ import itertools
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from largebatch.layer_map.segment import concatenation_of_slices, slice_of_concatenation, whole_layer
 
 layer_sizes = st.lists(st.integers(0, 200), min_size=0, max_size=12)
