@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -54,7 +55,8 @@ def build(arguments) -> tuple[str, TrainingLoop, int]:
     check_optimizer_type(plan.config["optimizer"]["type"])
     deepspeed.init_distributed(verbose=False)
     prepare_run_folder(run_folder, plan, rank)
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=plan.config)
+    with contextlib.redirect_stdout(None):  # BF16_Optimizer prints memory figures whatever the log level
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=plan.config)
     folder = os.path.join(run_folder, "checkpoints")
     first_step = checkpoints.load(engine, folder) if arguments.resume else 0
     metrics = os.path.join(run_folder, "metrics.jsonl")

@@ -152,11 +152,15 @@ def refuse_what_is_not_exact(engine: Any, optimizer: LayerwiseOptimizer) -> None
             f'"gradient_clipping": {optimizer.max_grad_norm} at the top level of the ds_config and '
             '"max_grad_norm": null in optimizer.params'
         )
-    stage = engine.zero_optimization_stage()
-    if stage > 2:
+    offload = engine._config.zero_config.offload_optimizer
+    if offload is not None and offload.ratio != 1.0:
         raise ValueError(
-            f"zero_optimization.stage is {stage}; {name} takes norms of whole layers, and those are exact under stages 0, "
-            "1 and 2 only in this version"
+            f"zero_optimization.offload_optimizer.ratio is {offload.ratio}; DeepSpeed steps the rest of the parameters with "
+            f"an AdamW of its own, not with {name}. Set it to 1.0"
+        )
+    if engine.zenflow:
+        raise ValueError(
+            f"zero_optimization.zenflow is on; it splits layers in a way that {name} does not know. Remove it"
         )
     if engine.has_moe_layers:
         raise ValueError(

@@ -7,6 +7,7 @@ private attributes; checked against what it reads.
 | FP16_UnfusedOptimizer     | stage 0, fp16 and bf16                     | fp32_groups[i][j], one a layer    | fp16_groups[i][j]          |
 | DeepSpeedZeroOptimizer    | stages 1 and 2                             | single_partition_of_fp32_groups   | round_robin_bit16_groups   |
 | BF16_Optimizer            | stage 1, bf16, fp32 gradient accumulation  | fp32_groups_flat_partition        | bf16_groups                |
+| DeepSpeedZeroOptimizer_Stage3 | stage 3                                | fp32_partitioned_groups_flat, one a sub-group | fp16_groups    |
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from largebatch.layer_map.partition import Partition
-from largebatch.layer_map.segment import LayerMap, slice_of_concatenation, whole_layer
+from largebatch.layer_map.segment import LayerMap, concatenation_of_slices, slice_of_concatenation, whole_layer
 
 TESTED_DEEPSPEED = ("0.19.8",)
 """Versions under which the test suite has passed."""
@@ -41,8 +42,8 @@ def read_layout(wrapper: Any) -> dict[Tensor, Partition]:
     if kind not in READERS:
         raise RuntimeError(
             f"{kind} ({type(wrapper).__module__}) is a DeepSpeed optimizer wrapper for which the layer norms are not "
-            f"known to be exact; supported are stage 0 and ZeRO stages 1 and 2 ({', '.join(READERS)}). "
-            'Set "zero_optimization": {"stage": 1} or lower, or an optimizer without layer norms'
+            f"known to be exact; known are {', '.join(READERS)}. Switch off what puts it in their place, or take an "
+            "optimizer without layer norms"
         )
     layout = READERS[kind](wrapper)
     for tensor, partition in layout.items():
@@ -87,6 +88,24 @@ def read_bf16(wrapper: Any) -> dict[Tensor, Partition]:
     )
 
 
+def read_zero_3(wrapper: Any) -> dict[Tensor, Partition]:
+    flats = attribute(wrapper, "fp32_partitioned_groups_flat")
+    groups = attribute(wrapper, "fp16_groups")
+    process_groups = attribute(wrapper, "sub_group_process_groups")
+    layout = {}
+    for flat, group, process_group in zip(flats, groups, process_groups, strict=True):
+        slice_numels = [attribute(p, "partition_numel")() for p in group]
+        # not flat.numel(): a partition that is offloaded to NVMe has no elements until it is swapped in
+        layer_map = concatenation_of_slices(
+            [attribute(p, "ds_numel") for p in group],
+            slice_numels,
+            sum(slice_numels),
+            dist.get_rank(group=process_group),
+        )
+        layout[flat] = Partition(layer_map, tuple(group), process_group)
+    return layout
+
+
 def read_slices(flats, groups, offsets, process_groups) -> dict[Tensor, Partition]:
     """Each group's layers concatenated, each rank one slice."""
     layout = {}
@@ -108,7 +127,8 @@ def verify(wrapper: Any, flat: Tensor, partition: Partition) -> None:
         RuntimeError: on every rank of the group, if any of them disagrees.
     """
     layer_map, kind = partition.layer_map, type(wrapper).__name__
-    agrees = all(
+    is_swapped_out = flat.numel() == 0
+    agrees = is_swapped_out or all(
         torch.equal(
             flat.detach()[s.start : s.stop] if flat.dim() == 1 else flat.detach().reshape(-1)[s.start : s.stop],
             local_values(partition.parameters[s.layer], s.layer_start, s.numel).to(flat.device, flat.dtype),
@@ -134,6 +154,9 @@ def verify(wrapper: Any, flat: Tensor, partition: Partition) -> None:
 
 
 def local_values(parameter: Tensor, start: int, numel: int) -> Tensor:
+    """Elements [start, start + numel) of the flattened layer, from what this rank has of the parameter."""
+    if hasattr(parameter, "ds_tensor"):  # ZeRO 3: this rank's slice, which begins at start
+        return parameter.ds_tensor.detach().reshape(-1)[:numel]
     return parameter.detach().reshape(-1)[start : start + numel]
 
 
@@ -149,4 +172,5 @@ READERS = {
     "FP16_UnfusedOptimizer": read_unfused,
     "DeepSpeedZeroOptimizer": read_zero_1_and_2,
     "BF16_Optimizer": read_bf16,
+    "DeepSpeedZeroOptimizer_Stage3": read_zero_3,
 }

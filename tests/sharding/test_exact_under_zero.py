@@ -16,28 +16,39 @@ def reference(algorithm, num_groups):
     return engine_runs.unsharded(algorithm, NUM_STEPS, num_groups)
 
 
-WRAPPERS = {
-    "stage0-fp32": (dict(stage=0, dtype="fp32"), "LARS|LAMB|NLAMB|NNLAMB"),
-    "stage0-bf16": (dict(stage=0, dtype="bf16"), "FP16_UnfusedOptimizer"),
-    "stage0-fp16": (dict(stage=0, dtype="fp16"), "FP16_UnfusedOptimizer"),
-    "stage1-fp32": (dict(stage=1, dtype="fp32"), "DeepSpeedZeroOptimizer"),
-    "stage1-bf16": (dict(stage=1, dtype="bf16"), "DeepSpeedZeroOptimizer"),
-    "stage1-bf16-fp32acc": (dict(stage=1, dtype="bf16", grad_accum="fp32"), "BF16_Optimizer"),
-    "stage1-fp16": (dict(stage=1, dtype="fp16"), "DeepSpeedZeroOptimizer"),
-    "stage2-fp32": (dict(stage=2, dtype="fp32"), "DeepSpeedZeroOptimizer"),
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+
+LAYOUTS = {
+    f"stage{stage}-{dtype}{'-offload' if is_offloaded else ''}": {
+        "stage": stage,
+        "dtype": dtype,
+        # sub-groups of a few layers each, every one gathered for itself
+        "zero": ({"sub_group_size": 700, "stage3_param_persistence_threshold": 0} if stage == 3 else {})
+        | (OFFLOAD if is_offloaded else {}),
+    }
+    for stage in (0, 1, 2, 3)
+    for dtype in ("fp32", "bf16", "fp16")
+    for is_offloaded in (False, True)
+    if stage > 0 or not is_offloaded  # DeepSpeed offloads nothing in stage 0
 }
+
+
+def wrapper_of(stage, dtype):
+    if stage == 0:
+        return "LARS|LAMB|NLAMB|NNLAMB" if dtype == "fp32" else "FP16_UnfusedOptimizer"
+    return "DeepSpeedZeroOptimizer_Stage3" if stage == 3 else "DeepSpeedZeroOptimizer"
 
 
 @pytest.mark.parametrize("num_groups", [1, 2])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("algorithm", engine_runs.ALGORITHMS)
-@pytest.mark.parametrize("layout", WRAPPERS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_equals_unsharded(rank_pool, layout, algorithm, world_size, num_groups):
-    options, wrapper = WRAPPERS[layout]
+    options = LAYOUTS[layout]
     results = rank_pool.run(
         world_size, engine_runs.train, algorithm, num_steps=NUM_STEPS, num_groups=num_groups, **options
     )
-    assert results[0]["wrapper"] in wrapper.split("|")
+    assert results[0]["wrapper"] in wrapper_of(options["stage"], options["dtype"]).split("|")
     expected, expected_ratios = reference(algorithm, num_groups)
     assert relative_error(engine_runs.assemble([r["pieces"] for r in results]), expected) < BOUND
     for result in results:

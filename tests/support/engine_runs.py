@@ -33,11 +33,15 @@ class LinearLoss(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(11)
         scales = (0.05, 1.0, 3.0, 0.25, 16.0, 0.01, 0.5, 1.0, 2.0, 0.1)
-        self.layers = nn.ParameterList(
+        for i, shape in enumerate(shapes):
             # rounded to bf16, so that every compute dtype starts from the same master weights
-            nn.Parameter((torch.randn(shape, generator=generator) * scales[i % 10]).bfloat16().float())
-            for i, shape in enumerate(shapes)
-        )
+            values = (torch.randn(shape, generator=generator) * scales[i % 10]).bfloat16().float()
+            # attributes of this very module, so that ZeRO 3 gathers them for its forward
+            setattr(self, f"layer{i}", nn.Parameter(values))
+
+    @property
+    def layers(self):
+        return list(self.parameters())
 
     def forward(self, gradients):
         return sum((p * g.to(p.dtype)).sum() for p, g in zip(self.layers, gradients, strict=True))
@@ -58,7 +62,7 @@ def learning_rate(step, num_steps, peak):
 
 
 def param_groups(model, num_groups):
-    parameters = list(model.layers)
+    parameters = model.layers
     if num_groups == 1:
         return [{"params": parameters}]
     return [{"params": parameters[:GROUP_BORDER]}, {"params": parameters[GROUP_BORDER:], **SECOND_GROUP}]
@@ -189,7 +193,7 @@ def assemble(pieces_of_ranks, shapes=SHAPES):
     layers = [torch.full((torch.Size(s).numel(),), float("nan")) for s in shapes]
     for pieces in pieces_of_ranks:
         for name, start, values in pieces:
-            layer = layers[int(name.rsplit(".", 1)[1])]
+            layer = layers[int(name.removeprefix("layer"))]
             old = layer[start : start + len(values)]
             assert torch.isnan(old).all() or torch.equal(old, values), name
             layer[start : start + len(values)] = values
