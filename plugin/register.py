@@ -9,6 +9,7 @@ What is changed, and why there is no public door for it (DeepSpeed 0.19.8):
 - ``DeepSpeedEngine._configure_basic_optimizer``: builds our classes from their names.
 - ``DeepSpeedEngine._do_optimizer_sanity_check``, ``_configure_optimizer``: before and after the engine wraps an
   optimizer of ours, however it was given; afterwards the layer map is attached.
+- ``DeepSpeedEngine.load_checkpoint``: afterwards the optimizer's options are those of the ds_config again.
 - ``_update_scale``, ``step`` and ``backward`` of single engines and wrappers under fp16: see largebatch.loss_scale.
 - ``lr_schedules``: our schedulers become attributes, where DeepSpeed looks their names up.
 """
@@ -44,7 +45,12 @@ REQUIRED_INTERNALS = {
     "deepspeed.runtime.zero.utils": ("ZERO_SUPPORTED_OPTIMIZERS",),
     "deepspeed.runtime.lr_schedules": ("get_torch_optimizer",),
 }
-REQUIRED_ENGINE_METHODS = ("_configure_basic_optimizer", "_do_optimizer_sanity_check", "_configure_optimizer")
+REQUIRED_ENGINE_METHODS = (
+    "_configure_basic_optimizer",
+    "_do_optimizer_sanity_check",
+    "_configure_optimizer",
+    "load_checkpoint",
+)
 
 
 def register() -> None:
@@ -105,10 +111,11 @@ def check_internals(modules: dict[str, Any]) -> type:
 
 
 def wrap_engine(engine_class: type) -> None:
-    """Puts our three hooks around the engine's methods."""
+    """Puts our hooks around the engine's methods."""
     configure_basic = engine_class._configure_basic_optimizer
     check_optimizer = engine_class._do_optimizer_sanity_check
     configure = engine_class._configure_optimizer
+    load = engine_class.load_checkpoint
 
     @functools.wraps(configure_basic)
     def _configure_basic_optimizer(self, model_parameters):
@@ -133,9 +140,17 @@ def wrap_engine(engine_class: type) -> None:
             loss_scale.repair(self)
             log_exclusions(self.basic_optimizer)
 
+    @functools.wraps(load)
+    def load_checkpoint(self, *args, **kwargs):
+        result = load(self, *args, **kwargs)
+        if isinstance(getattr(self, "basic_optimizer", None), LayerwiseOptimizer):
+            self.basic_optimizer.restore_configuration()
+        return result
+
     engine_class._configure_basic_optimizer = _configure_basic_optimizer
     engine_class._do_optimizer_sanity_check = _do_optimizer_sanity_check
     engine_class._configure_optimizer = _configure_optimizer
+    engine_class.load_checkpoint = load_checkpoint
 
 
 def refuse_what_is_not_exact(engine: Any, optimizer: LayerwiseOptimizer) -> None:

@@ -49,6 +49,7 @@ class LARS(LayerwiseOptimizer):
     """
 
     options_class = LARSOptions
+    checkpoint_names = {"momentum_buffer": "exp_avg"}
     presets = LARS_PRESETS
 
     @fills_from_preset

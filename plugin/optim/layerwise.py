@@ -72,6 +72,8 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
     """
 
     options_class: ClassVar[type[SharedOptions]]
+    checkpoint_names: ClassVar[Mapping[str, str]] = {}
+    """State name -> name in the checkpoints of a sharded engine, whose converters know Adam's names only."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]]
 
     def __init__(self, params, options: dict[str, Any], model: nn.Module | None):
@@ -86,6 +88,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         self._policies: dict[Tensor, LayerPolicy] = {}
         self._partitions: dict[Tensor, Partition] = {}
         self._is_armed = True
+        self._configured: list[dict[str, Any]] = []
         self._stats: dict[int, LayerStats] = {}
         self._num_skipped: Tensor | None = None
         super().__init__(params, options)
@@ -188,6 +191,20 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
                 assert parameter in self._policies, "a partition holds a parameter that this optimizer was not given"
         self._partitions = dict(partitions)
         self._is_armed = True
+        fixed = [field.name for field in fields(self.options_class) if field.name != "lr"]
+        self._configured = [{name: group[name] for name in fixed} for group in self.param_groups]
+
+    def restore_configuration(self) -> None:
+        """After an engine has loaded a checkpoint: the options of each param group, less lr, as they were built.
+
+        The ds_config decides, not the checkpoint; and DeepSpeed's universal checkpoints give the options of the first
+        group to all groups of stage 3.
+        """
+        for i, (group, configured) in enumerate(zip(self.param_groups, self._configured, strict=True)):
+            for name, value in configured.items():
+                if group.get(name, value) != value:
+                    logger.info("param group %d: %s is %r as configured, not %r as loaded", i, name, value, group[name])
+                group[name] = value
 
     def _layout_of(self, tensor: Tensor) -> tuple[LayerMap, list[LayerPolicy], dist.ProcessGroup | None]:
         partition = self._partitions.get(tensor)
@@ -397,6 +414,8 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
 
     def _state_of(self, tensor: Tensor, rule: Rule) -> dict[str, Tensor]:
         state = self.state[tensor]
+        if any(name in state for name in self.checkpoint_names.values()):
+            self.state[tensor] = state = self._with_own_names(state)  # an engine has put a checkpoint's state here
         if rule.counts_steps and "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
         for name in rule.elementwise_state:
@@ -413,8 +432,26 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
             return float(step) + 1
         return step.to(device, torch.float64) + 1
 
+    def state_dict(self) -> dict[str, Any]:
+        """See torch.optim.Optimizer. Under a sharded engine, with the state names that its converters know."""
+        state_dict = super().state_dict()
+        if self._partitions and self.checkpoint_names:
+            state_dict["state"] = {i: self._with_checkpoint_names(s) for i, s in state_dict["state"].items()}
+        return state_dict
+
+    def _with_checkpoint_names(self, state: dict[str, Any]) -> dict[str, Any]:
+        """DeepSpeed's universal checkpoints hold exp_avg, exp_avg_sq and step; what we lack costs four bytes."""
+        renamed = {self.checkpoint_names.get(name, name): value for name, value in state.items()}
+        for value in list(renamed.values()):
+            renamed.setdefault("exp_avg_sq", value.new_zeros(()).expand(value.shape))
+        renamed.setdefault("step", torch.zeros(()))
+        return renamed
+
+    def _with_own_names(self, state: dict[str, Any]) -> dict[str, Any]:
+        return {own: state[other] for own, other in self.checkpoint_names.items() if other in state}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See torch.optim.Optimizer.
+        """See torch.optim.Optimizer. Accepts the state names of a sharded engine's checkpoints, too.
 
         Raises:
             ValueError: the state was made under a formula in which the same buffer means something else.
@@ -426,6 +463,10 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
                         f"the saved momentum was made with {name}={saved[name]!r} and this optimizer has "
                         f"{name}={group[name]!r}; the buffers mean different things. Build it with {name}={saved[name]!r}"
                     )
+        names = set(self.checkpoint_names.values())
+        if names:
+            renamed = {i: s if names.isdisjoint(s) else self._with_own_names(s) for i, s in state_dict["state"].items()}
+            state_dict = state_dict | {"state": renamed}
         super().load_state_dict(state_dict)
         # torch casts state to the dtype of the parameter; ours is fp32 under bf16 and fp16 parameters
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
@@ -438,7 +479,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("max_grad_norm", "exclude_from_adaptation", "exclude_from_weight_decay", "kernels", "_identities",
-               "_policies", "_is_armed", "_num_skipped")  # fmt: skip
+               "_policies", "_is_armed", "_num_skipped", "_configured")  # fmt: skip
         return super().__getstate__() | {name: getattr(self, name) for name in own} | {"_partitions": {}, "_stats": {}}
 
 
