@@ -247,6 +247,7 @@ def make_plan(recipe: dict[str, Any], *, num_samples: int, world_size: int, outp
     steps_per_epoch = num_samples / global_batch
     num_steps = section["steps"] or math.ceil(section["epochs"] * steps_per_epoch - 1e-9)
     section["layer_stats_every_steps"] = automatic(section["layer_stats_every_steps"], max(1, num_steps // 100))
+    fill_accumulation(config, accumulation_steps)
     fill_optimizer(config, section, global_batch)
     fill_scheduler(config, num_steps, steps_per_epoch)
     tensorboard = {"enabled": True, "output_path": os.path.abspath(output), "job_name": "tensorboard"}
@@ -257,6 +258,27 @@ def make_plan(recipe: dict[str, Any], *, num_samples: int, world_size: int, outp
 
 def automatic(value: Any, filled_in: Any) -> Any:
     return filled_in if value == "auto" else value
+
+
+def fill_accumulation(config: dict[str, Any], accumulation_steps: int) -> None:
+    """Gradients accumulate and travel in fp32 whatever the compute type, unless the recipe says otherwise.
+
+    DeepSpeed's default is the compute type; over 256 micro-steps bf16 then loses two digits (tests/sharding/
+    test_accumulation.py). Stage 0 has no fp32 accumulation under bf16 and fp16.
+    """
+    is_low_precision = any(config.get(name, {}).get("enabled") for name in ("bf16", "fp16"))
+    if not is_low_precision:
+        return
+    if config.get("zero_optimization", {}).get("stage", 0) == 0:
+        if accumulation_steps > 1:
+            raise ValueError(
+                f"zero_optimization.stage is 0 with bf16 or fp16 and {accumulation_steps} accumulation steps; DeepSpeed would "
+                "add the gradients up in 16 bits there. Set the stage to 1 (the same on one rank, cheaper on many), or use "
+                "--precision fp32"
+            )
+        return
+    config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    config.setdefault("communication_data_type", "fp32")
 
 
 def fill_optimizer(config: dict[str, Any], section: dict[str, Any], global_batch: int) -> None:

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+
 from support import engine_runs
 from support.problems import relative_error
 

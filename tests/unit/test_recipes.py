@@ -121,6 +121,24 @@ def test_the_command_line_overrides_the_recipe():
         apply_overrides({}, argparse.Namespace(**(vars(arguments) | {"set": ["nonsense"]})))
 
 
+def test_gradients_accumulate_in_fp32():
+    for precision in ("bf16", "fp16"):
+        recipe = with_entries(f"{precision}.enabled=true")
+        config = make_plan(recipe, num_samples=1437, world_size=2, output="out").config
+        assert config["data_types"] == {"grad_accum_dtype": "fp32"} and config["communication_data_type"] == "fp32"
+        own = with_entries(f"{precision}.enabled=true", 'data_types.grad_accum_dtype="bf16"')
+        assert (
+            make_plan(own, num_samples=1437, world_size=2, output="out").config["data_types"]["grad_accum_dtype"]
+            == "bf16"
+        )
+        with pytest.raises(
+            ValueError, match="zero_optimization.stage is 0 with bf16 or fp16 and 12 accumulation steps"
+        ):
+            stage_0 = with_entries(f"{precision}.enabled=true", "zero_optimization.stage=0")
+            make_plan(stage_0, num_samples=1437, world_size=2, output="out")
+    assert "data_types" not in make_plan(with_entries(), num_samples=1437, world_size=2, output="out").config
+
+
 def test_micro_batch_auto_is_the_largest_divisor_up_to_256():
     recipe = with_entries('train_micro_batch_size_per_gpu="auto"', "train_batch_size=60000")
     plan = make_plan(recipe, num_samples=60000, world_size=2, output="out")
