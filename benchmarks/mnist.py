@@ -15,6 +15,7 @@ import sys
 
 import torch
 
+from largebatch.launch.ports import free_port
 from largebatch.launch.results_table import read_run, table
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -45,7 +46,8 @@ def main() -> int:
 
 
 def train(name: str, seed: str, folder: str, arguments: argparse.Namespace) -> None:
-    command = ["deepspeed", "--num_accelerators", str(arguments.ranks), "--log_level", "error", "launch/train.py"]
+    command = ["deepspeed", "--num_accelerators", str(arguments.ranks), "--log_level", "error"]
+    command += ["--master_port", str(free_port()), "launch/train.py"]
     command += ["--deepspeed_config", f"ds_configs/lenet_mnist_{name}.json", "--data", os.path.abspath(arguments.data)]
     command += ["--seed", seed, "--output", os.path.abspath(folder)]
     if os.path.exists(os.path.join(folder, "checkpoints", "latest")):

@@ -18,7 +18,8 @@ folder="runs/quickstart-$(date +%Y%m%d-%H%M%S)"
 for optimizer in lars sgd lamb; do
   echo
   echo "== $optimizer"
-  deepspeed --num_accelerators "$num_ranks" --log_level error launch/train.py \
+  deepspeed --num_accelerators "$num_ranks" --log_level error --master_port "$(python -m largebatch.launch.ports)" \
+    launch/train.py \
     --deepspeed_config "ds_configs/lenet_digits_${optimizer}_480.json" --output "$folder/$optimizer"
 done
 

@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from support.rank_pool import free_port
+from largebatch.launch.ports import free_port
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SECONDS = 240

@@ -4,16 +4,11 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
-import socket
 import traceback
 
+from largebatch.launch.ports import free_port
+
 TASK_SECONDS = 300
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 class RankPool:
