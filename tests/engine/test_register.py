@@ -86,12 +86,64 @@ def test_any_spelling_is_ours_and_other_optimizers_are_left_alone(rank_pool, jso
             'DeepSpeed clips at gradient_clipping=1.0, too. Under DeepSpeed the engine clips (the norm is the same): write "gradient_clipping": 1.0',
         ),
         ({"optimizer.params.preset": "apex"}, {}, '"max_grad_norm": null in optimizer.params'),
+        (
+            {"zero_optimization.offload_optimizer": {"device": "cpu", "ratio": 0.5}, "zero_optimization.stage": 3},
+            {},
+            "offload_optimizer.ratio is 0.5; DeepSpeed steps the rest of the parameters with an AdamW of its own",
+        ),
         ({"optimizer.params.exclude_from_adaptation": ["embed"]}, {}, "'embed', which matches no parameter name"),
     ],
 )  # fmt: skip
 def test_refused(rank_pool, changes, options, message):
     (error,) = rank_pool.run(1, error_of, changes, **options)
     assert message in error
+
+
+class TensorParallel:
+    """As much of an mpu as DeepSpeed asks for: two ranks that share every layer."""
+
+    def __init__(self):
+        import torch.distributed as dist
+
+        self.all = dist.new_group([0, 1])
+        self.alone = [dist.new_group([rank]) for rank in (0, 1)][dist.get_rank()]
+
+    def get_model_parallel_group(self):
+        return self.all
+
+    def get_model_parallel_world_size(self):
+        return 2
+
+    def get_model_parallel_rank(self):
+        import torch.distributed as dist
+
+        return dist.get_rank()
+
+    def get_data_parallel_group(self):
+        return self.alone
+
+    def get_data_parallel_world_size(self):
+        return 1
+
+    def get_data_parallel_rank(self):
+        return 0
+
+
+def error_with_tensor_parallelism():
+    import deepspeed
+
+    model = engine_runs.LinearLoss()
+    config = engine_runs.ds_config("LAMB", 1) | {"train_batch_size": 1}
+    try:
+        deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config, mpu=TensorParallel())
+    except ValueError as error:
+        return str(error)
+    return MESSAGE
+
+
+def test_tensor_parallelism_is_refused(rank_pool):
+    for error in rank_pool.run(2, error_with_tensor_parallelism):
+        assert "tensor parallelism of 2 is on" in error
 
 
 def unregistered_step():

@@ -53,8 +53,5 @@ def test_equals_unsharded(rank_pool, layout, algorithm, world_size, num_groups):
     assert relative_error(engine_runs.assemble([r["pieces"] for r in results]), expected) < BOUND
     for result in results:
         assert result["ratios"] == results[0]["ratios"], "trust ratios differ between ranks"
-    for found, exact in zip(results[0]["ratios"], expected_ratios, strict=True):
-        assert found.keys() == exact.keys()
-        assert found == pytest.approx(exact, rel=1e-5)
-    # first step: same weights, same gradients, so the very same bits in every layout
-    assert results[0]["ratios"][0] == expected_ratios[0]
+    # same weights, same gradients: the very same bits in every layout and world, at every step
+    assert results[0]["ratios"] == expected_ratios

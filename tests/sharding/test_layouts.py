@@ -35,6 +35,16 @@ CORNERS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("algorithm", ["LARS", "LAMB"])
+def test_second_copies_within_a_node(rank_pool, algorithm):
+    """hpZ: four ranks in groups of two that keep another copy of the parameters; masters are cut over all four."""
+    options = dict(stage=3, dtype="bf16", num_groups=2, zero={"zero_hpz_partition_size": 2})
+    results = rank_pool.run(4, engine_runs.train, algorithm, num_steps=NUM_STEPS, **options)
+    expected, ratios = engine_runs.unsharded(algorithm, NUM_STEPS, 2)
+    assert relative_error(engine_runs.assemble([r["pieces"] for r in results]), expected) < BOUND
+    assert all(r["ratios"] == ratios for r in results)
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("algorithm", ["LARS", "LAMB"])
 @pytest.mark.parametrize("corner", CORNERS)
@@ -121,16 +131,27 @@ class Unused(engine_runs.LinearLoss):
         )
 
 
-class Tied(engine_runs.LinearLoss):
-    """One weight under two names."""
+class Use(nn.Module):
+    """A module that owns a weight and uses it in its own forward, where ZeRO 3 gathers it."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, gradient):
+        return (self.weight * gradient.to(self.weight.dtype)).sum()
+
+
+class Tied(nn.Module):
+    """One weight under two names, used by two modules, and a second weight that is not tied."""
 
     def __init__(self):
         super().__init__()
-        self.second = nn.Module()
-        self.second.weight = self.layer0
+        first, second = list(engine_runs.LinearLoss().parameters())[:2]
+        self.embedding, self.head, self.other = Use(first), Use(first), Use(second)
 
     def forward(self, gradients):
-        return super().forward(gradients) + (self.second.weight * gradients[0].to(self.layer0.dtype)).sum()
+        return self.embedding(gradients[0]) + self.head(gradients[0]) + self.other(gradients[1])
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -139,8 +160,6 @@ class Tied(engine_runs.LinearLoss):
 def test_model(rank_pool, kind, stage, world_size):
     if kind == "zero-init" and stage != 3:
         pytest.skip("zero.Init partitions parameters, which is stage 3")
-    if kind == "tied" and stage == 3:
-        pytest.skip("ZeRO 3 does not gather a weight that a module uses under a child's name")
     results = rank_pool.run(world_size, train_model, kind, stage, NUM_STEPS)
     expected, expected_stats = plain_model(kind, NUM_STEPS)
     found = {name: torch.full_like(values, float("nan")) for name, values in expected.items()}
