@@ -56,7 +56,7 @@ def accumulated_gradient_error(stage, dtype, extra, num_micro_steps=NUM_MICRO_ST
         error, size = 0.0, 0.0
         names = {id(p): int(n.removeprefix("layer")) for n, p in engine.module.named_parameters()}
         for tensor, gradient in seen.items():
-            partition = optimizer._partitions.get(tensor)
+            partition = optimizer._table.partitions.get(tensor)
             if partition is None:
                 pieces = [(gradient.reshape(-1), exact[names[id(tensor)]].reshape(-1))]
             else:

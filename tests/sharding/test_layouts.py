@@ -240,10 +240,10 @@ def naive_masters(peer, stage, num_steps):
     with engine_runs.engine_for(config, optimizer=build, num_steps=num_steps) as engine:
         if peer == "ours-without-map":
             optimizer = engine.basic_optimizer
-            flats = optimizer._partitions
-            kept, optimizer._partitions = flats, {}
+            flats = optimizer._table.partitions
+            kept, optimizer._table.partitions = flats, {}
             for flat, partition in kept.items():
-                optimizer._policies[flat] = optimizer._policies[partition.parameters[0]]
+                optimizer._table.policies[flat] = optimizer._table.policies[partition.parameters[0]]
         for step in range(num_steps):
             engine_runs.take_step(engine, step)
         state = {n: deepspeed.utils.safe_get_full_fp32_param(p) for n, p in engine.module.named_parameters()}

@@ -176,11 +176,11 @@ def take_step(engine, step, shapes=SHAPES):
 def master_pieces(engine):
     """[(layer name, first element, values)] of the fp32 masters that this rank owns, read through the layer map."""
     optimizer = engine.basic_optimizer
-    if not optimizer._partitions:
+    if not optimizer._table.partitions:
         return [(name, 0, p.detach().reshape(-1).clone()) for name, p in engine.module.named_parameters()]
-    names = {id(p): policy.name for p, policy in optimizer._policies.items()}
+    names = {id(p): policy.name for p, policy in optimizer._table.policies.items()}
     pieces = []
-    for tensor, partition in optimizer._partitions.items():
+    for tensor, partition in optimizer._table.partitions.items():
         flat = tensor.detach().reshape(-1)
         for s in partition.layer_map.segments:
             values = flat[s.start : s.stop].clone().float()
