@@ -138,6 +138,8 @@ def error_with_tensor_parallelism():
         deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config, mpu=TensorParallel())
     except ValueError as error:
         return str(error)
+    finally:
+        deepspeed.utils.groups.mpu = None  # kept by DeepSpeed for every later engine of the process
     return MESSAGE
 
 
