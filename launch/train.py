@@ -26,6 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         run_folder, loop, first_step = build(arguments)
+    except KeyboardInterrupt:  # from here on the training loop watches for it, and saves
+        leave()
+        return 130
     except (ValueError, TypeError, OSError, AssertionError) as error:
         if os.environ.get("LARGEBATCH_TRACEBACK") == "1":
             raise

@@ -40,6 +40,21 @@ def test_one_rank_and_stage_0_give_the_same(accumulated, tmp_path):
     assert largest_error(launching.final_weights(accumulated[0]), launching.final_weights(tmp_path)) < 1e-6
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_stages_2_and_3_train_the_same(accumulated, tmp_path, stage):
+    """A part of the exactness matrix through the launcher: losses and trust ratios of a real run."""
+    launching.train(*MLP, "--steps", 8, "--output", tmp_path, "--zero_stage", stage)
+    for kind in ("step", "layers", "evaluation"):
+        for one, other in zip(launching.events(accumulated[0], kind), launching.events(tmp_path, kind), strict=True):
+            if kind == "step":
+                assert other["loss"] == pytest.approx(one["loss"], rel=1e-6)
+            elif kind == "layers":
+                for name, figures in one["layers"].items():
+                    assert other["layers"][name]["trust_ratio"] == pytest.approx(figures["trust_ratio"], rel=1e-4)
+            else:
+                assert other["top1"] == one["top1"]
+
+
 def test_what_a_run_leaves_behind(accumulated):
     folder, out = accumulated
     assert (
