@@ -25,7 +25,10 @@ class Run:
     @property
     def row_key(self) -> str:
         """Everything in force except the seed and the folder."""
-        config = json.loads(json.dumps(self.config))
+        # 20 epochs and 20.0 epochs are one setting
+        config = json.loads(
+            json.dumps(self.config), parse_float=lambda text: int(f) if (f := float(text)).is_integer() else f
+        )
         config["largebatch"].pop("seed")
         config.pop("tensorboard", None)
         return json.dumps(config, sort_keys=True)
