@@ -22,11 +22,12 @@ def save(engine: Any, folder: str, step: int, *, local_rank: int) -> str:
     dist.barrier()
     if local_rank == 0:  # of every node: folders need not be shared
         final = os.path.join(folder, tag)
-        if os.path.isdir(final):
-            shutil.rmtree(final)
-        for name in os.listdir(os.path.join(folder, partial)):
-            sync(os.path.join(folder, partial, name))
-        os.rename(os.path.join(folder, partial), final)
+        if os.path.isdir(final):  # whole already, and of the same step: never taken away to be written anew
+            shutil.rmtree(os.path.join(folder, partial))
+        else:
+            for name in os.listdir(os.path.join(folder, partial)):
+                sync(os.path.join(folder, partial, name))
+            os.rename(os.path.join(folder, partial), final)
         sync(folder)
         temporary = os.path.join(folder, f"{LATEST}.partial")
         with open(temporary, "w", encoding="utf-8") as file:

@@ -53,6 +53,13 @@ def in_steps(name: str, steps: Any, epochs: Any, steps_per_epoch: Any, default: 
     return default
 
 
+def share_of_peak(name: str, value: Any) -> float:
+    """The value, once it is seen to lie between 0 and 1."""
+    if not is_number(value) or not 0 <= value <= 1:
+        raise ValueError(f"scheduler.params.{name} is {value!r}; expected 0 to 1")
+    return value
+
+
 class FactorLR:
     """Base of the JSON schedulers: lr of a group at step t = the group's own lr * factor(t).
 
@@ -101,9 +108,7 @@ class WarmupDecayLR(FactorLR):
 
     def __init__(self, optimizer, warmup_steps, warmup_epochs, warmup_start_factor, steps_per_epoch):
         self.num_warmup_steps = in_steps("warmup", warmup_steps, warmup_epochs, steps_per_epoch, default=0)
-        if not is_number(warmup_start_factor) or not 0 <= warmup_start_factor <= 1:
-            raise ValueError(f"scheduler.params.warmup_start_factor is {warmup_start_factor!r}; expected 0 to 1")
-        self.warmup_start_factor = warmup_start_factor
+        self.warmup_start_factor = share_of_peak("warmup_start_factor", warmup_start_factor)
         super().__init__(optimizer)
 
     def decay_factor(self, step: int) -> float:
@@ -142,7 +147,7 @@ class WarmupPolyLR(WarmupDecayLR):
         self.num_steps = in_steps("total", total_steps, total_epochs, steps_per_epoch, default=None)
         if not is_number(power) or power < 0:
             raise ValueError(f"scheduler.params.power is {power!r}; expected a number >= 0")
-        self.power, self.end_factor = power, end_factor
+        self.power, self.end_factor = power, share_of_peak("end_factor", end_factor)
         super().__init__(optimizer, warmup_steps, warmup_epochs, warmup_start_factor, steps_per_epoch)
 
     def decay_factor(self, step: int) -> float:
@@ -170,7 +175,7 @@ class WarmupCosineDecayLR(WarmupDecayLR):
         end_factor=0.0,
     ):
         self.num_steps = in_steps("total", total_steps, total_epochs, steps_per_epoch, default=None)
-        self.end_factor = end_factor
+        self.end_factor = share_of_peak("end_factor", end_factor)
         super().__init__(optimizer, warmup_steps, warmup_epochs, warmup_start_factor, steps_per_epoch)
 
     def decay_factor(self, step: int) -> float:

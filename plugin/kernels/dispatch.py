@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 
-import torch
-
 from largebatch.kernels.interface import Kernels
 from largebatch.kernels.reference import ReferenceKernels
 
@@ -25,5 +23,5 @@ def choose(device_type: str, requested: str) -> Kernels:
     """
     if requested == "auto":
         logger.info("kernels: auto took 'reference' for %s tensors (plain torch; no other backend yet)", device_type)
-    assert requested in CHOICES and torch.device(device_type) is not None
+    assert requested in CHOICES
     return ReferenceKernels()

@@ -74,8 +74,7 @@ def read_unfused(wrapper: Any) -> dict[Tensor, Partition]:
 def read_zero_1_and_2(wrapper: Any) -> dict[Tensor, Partition]:
     flats = attribute(wrapper, "single_partition_of_fp32_groups")
     groups = attribute(wrapper, "round_robin_bit16_groups")
-    # from 0.19.6 on there may be padding between layers, and the wrapper says where each starts
-    offsets = getattr(wrapper, "round_robin_bit16_offsets", None) or [cumulative_offsets(group) for group in groups]
+    offsets = attribute(wrapper, "round_robin_bit16_offsets")  # there may be padding between layers
     process_groups = attribute(wrapper, "real_dp_process_group")
     return read_slices(flats, groups, offsets, process_groups)
 
@@ -130,7 +129,7 @@ def verify(wrapper: Any, flat: Tensor, partition: Partition) -> None:
     is_swapped_out = flat.numel() == 0
     agrees = is_swapped_out or all(
         torch.equal(
-            flat.detach()[s.start : s.stop] if flat.dim() == 1 else flat.detach().reshape(-1)[s.start : s.stop],
+            flat.detach().reshape(-1)[s.start : s.stop],
             local_values(partition.parameters[s.layer], s.layer_start, s.numel).to(flat.device, flat.dtype),
         )
         for s in layer_map.segments

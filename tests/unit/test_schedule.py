@@ -117,6 +117,7 @@ def test_scheduler_state_restores_the_learning_rate():
         ({"total_epochs": 5}, "steps_per_epoch is None; expected a number > 0"),
         ({"total_steps": -5}, "scheduler.params.total_steps is -5; expected a number >= 0"),
         ({"total_steps": 5, "power": -1}, "scheduler.params.power is -1"),
+        ({"total_steps": 5, "end_factor": "0.1"}, "scheduler.params.end_factor is '0.1'; expected 0 to 1"),
         ({"total_steps": 5, "warmup_start_factor": 2}, "scheduler.params.warmup_start_factor is 2; expected 0 to 1"),
     ],
 )
