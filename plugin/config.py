@@ -188,6 +188,7 @@ class GlobalOptions:
     exclude_from_adaptation: tuple[str, ...]
     exclude_from_weight_decay: tuple[str, ...]
     kernels: str
+    state_dtype: str
 
     def __post_init__(self):
         for field in fields(self):
@@ -217,6 +218,7 @@ CHECKS: dict[str, Check] = {
     "exclude_from_adaptation": patterns,
     "exclude_from_weight_decay": patterns,
     "kernels": one_of(*KERNEL_CHOICES),
+    "state_dtype": one_of("fp32", "bf16"),
 }
 
 

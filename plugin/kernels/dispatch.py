@@ -4,24 +4,86 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 
 from largebatch.kernels.interface import Kernels
 from largebatch.kernels.reference import ReferenceKernels
 
 logger = logging.getLogger("largebatch")
 
-CHOICES = ("auto", "reference")
+CHOICES = ("auto", "reference", "cpp", "triton", "apex")
 """Legal values of the optimizers' ``kernels`` argument."""
+
+
+class UnavailableKernelsError(RuntimeError):
+    """A backend that was asked for cannot work here; says why."""
 
 
 @functools.cache
 def choose(device_type: str, requested: str) -> Kernels:
     """The backend for tensors on ``device_type`` ("cpu", "cuda", ...).
 
+    - "reference": plain torch, everywhere.
+    - "cpp": CPU tensors; needs a C++ compiler on first use.
+    - "triton": CUDA tensors; needs triton.
+    - "apex": CUDA tensors, LAMB; needs NVIDIA apex. Never taken by "auto".
+    - "auto": the fastest of the first three that works here.
+
     Args:
         requested: one of :data:`CHOICES`, already checked.
+
+    Raises:
+        UnavailableKernelsError: the backend that was named does not work here.
     """
-    if requested == "auto":
-        logger.info("kernels: auto took 'reference' for %s tensors (plain torch; no other backend yet)", device_type)
-    assert requested in CHOICES
+    if requested != "auto":
+        return BUILDERS[requested](device_type)
+    fastest = {"cpu": "cpp", "cuda": "triton"}.get(device_type)
+    if fastest is not None:
+        try:
+            kernels = BUILDERS[fastest](device_type)
+            logger.info("kernels: auto took %r for %s tensors", fastest, device_type)
+            return kernels
+        except UnavailableKernelsError as error:
+            logger.warning("kernels: auto took 'reference' (slower) for %s tensors, because %s", device_type, error)
+    else:
+        logger.info("kernels: auto took 'reference' for %s tensors; no other backend knows them", device_type)
     return ReferenceKernels()
+
+
+def reference(device_type: str) -> Kernels:
+    return ReferenceKernels()
+
+
+def cpp(device_type: str) -> Kernels:
+    if device_type != "cpu":
+        raise UnavailableKernelsError(f"kernels 'cpp' work on cpu tensors, not on {device_type} ones; use 'auto'")
+    from largebatch.kernels.build import CannotBuildError
+    from largebatch.kernels.cpp_cpu import CppKernels
+
+    try:
+        return CppKernels()
+    except CannotBuildError as error:
+        raise UnavailableKernelsError(
+            f"kernels 'cpp' cannot be built: {error}. Install a C++ compiler and ninja, or use 'auto' or 'reference'"
+        ) from error
+
+
+def triton(device_type: str) -> Kernels:
+    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: runs on the CPU, for tests
+    if device_type != "cuda" and not (is_interpreted and device_type == "cpu"):
+        raise UnavailableKernelsError(f"kernels 'triton' work on cuda tensors, not on {device_type} ones; use 'auto'")
+    try:
+        from largebatch.kernels.triton_gpu import TritonKernels
+    except ImportError as error:
+        raise UnavailableKernelsError(
+            f"kernels 'triton' need triton, which does not import here ({error}). Install it (it comes with torch for "
+            "CUDA on Linux), or use 'auto' or 'reference'"
+        ) from error
+    return TritonKernels()
+
+
+def apex(device_type: str) -> Kernels:
+    raise UnavailableKernelsError("kernels 'apex' are not there yet")
+
+
+BUILDERS = {"reference": reference, "cpp": cpp, "triton": triton, "apex": apex}

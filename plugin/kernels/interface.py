@@ -1,46 +1,124 @@
 """What a kernel backend offers to the step loop.
 
-A step is ``direction_square_sums`` (reads only), one all-reduce by the caller, then ``advance_``. Nothing is written
-before the sums of all layers on all ranks are known, so a step with a NaN anywhere can be dropped as a whole.
+A step is ``accumulate_``, one all-reduce of its sums by the caller, trust ratios, ``advance_``; or ``step_``, which is
+all of it where no layer is shared with other ranks. Values that are not finite are never written: an element whose
+new state would not be finite keeps the old one, and a layer that holds such an element keeps its weights.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from largebatch.rules.rule import Rule
 
 
+class Span(NamedTuple):
+    """A segment: the part of a layer that lies in a tensor.
+
+    Attributes:
+        tensor: index in :attr:`Segments.weights`.
+        start, numel: elements of the tensor, counted in storage order.
+        row: row of the layer in the [num_layers, ...] tensors of this call. No two spans of a call share it.
+        layer_start: offset of the first element in the flattened layer.
+    """
+
+    tensor: int
+    start: int
+    numel: int
+    row: int
+    layer_start: int
+
+
 @dataclass
 class Segments:
-    """The pieces of layers that one kernel call works on: parallel lists, one entry per segment.
+    """What one kernel call works on: tensors, and the layers in them. Kept from step to step.
 
-    ``weights``, ``grads`` and each list in ``states`` hold tensors of equal shape per entry: a whole parameter (any
-    shape and strides) or a 1-D view of a flat partition. Weights and gradients are fp64, fp32, bf16 or fp16; states
-    have the compute dtype, which is fp64 for fp64 weights and fp32 for all others. An entry may have no element.
+    ``weights[i]``, ``grads[i]`` and each tensor of ``states[i]`` have equal shapes: a whole parameter of any shape and
+    strides, or a flat partition. Weights and gradients are fp64, fp32, bf16 or fp16; states have the compute dtype
+    (fp64 for fp64 weights, fp32 for all others), or bf16. ``grads`` and ``lr`` are replaced before every step.
     """
 
     rule: Rule
-    lr: float | Tensor
+    device: torch.device
+    dtype: torch.dtype
+    """The compute dtype."""
+    lr: float | Tensor = 0.0
     """Learning rate of this step: Python float, or 0-dim tensor where it lives on the device."""
     weights: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
     states: list[tuple[Tensor, ...]] = field(default_factory=list)
-    steps: list[float | Tensor] = field(default_factory=list)
-    """Number of the step that is being taken, 1 at the first; ignored by rules without a count."""
+    steps: list[Tensor] = field(default_factory=list)
+    """0-dim fp32 each, number of steps taken; empty if neither the rule nor the rounding counts steps."""
+    spans: list[Span] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+    """[num_layers] 32-bit, of the stochastic rounding; the same for a layer wherever its parts lie."""
     weight_decays: list[float] = field(default_factory=list)
-    """Coupled weight decay of the segment's layer."""
-    rows: list[int] = field(default_factory=list)
-    """Row of the segment's layer in the [num_layers, ...] tensors of this call."""
+    """[num_layers] coupled weight decay of each layer."""
+    decoupled_weight_decays: list[float] = field(default_factory=list)
+    """[num_layers] decoupled weight decay of each layer."""
+    are_adapted: list[bool] = field(default_factory=list)
+    """[num_layers] False where the trust ratio is 1 whatever the norms."""
+    prepared: dict[str, Any] = field(default_factory=dict)
+    """What a backend has derived from the above and wants to find again in the next step."""
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.weight_decays)
+
+    def have_same_layout(self) -> bool:
+        """Whether the weights have the device, dtype and shape that they had at the first call of this method."""
+        layouts = [(weight.device, weight.dtype, weight.shape) for weight in self.weights]
+        return self.prepared.setdefault("layouts", layouts) == layouts
+
+    def is_whole(self, span: Span) -> bool:
+        return span.start == 0 and span.numel == self.weights[span.tensor].numel()
+
+    def pieces(self) -> Iterator[tuple[Span, Tensor, Tensor, tuple[Tensor, ...]]]:
+        """(span, weight, grad, states) of each span, as views."""
+        for span in self.spans:
+            i = span.tensor
+            tensors = (self.weights[i].detach(), self.grads[i], *self.states[i])
+            if not self.is_whole(span):
+                tensors = tuple(t.narrow(0, span.start, span.numel) for t in tensors)
+            yield span, tensors[0], tensors[1], tensors[2:]
+
+
+@dataclass(frozen=True)
+class LayerFigures:
+    """What a step found of its layers and did with them. All [num_layers], on the segments' device.
+
+    Attributes:
+        weight_norm, direction_norm: fp64, L2 norms of whole layers before the step.
+        trust_ratio: compute dtype, 1 for layers that are not adapted.
+        weight_decay: fp64, coupled weight decay in force.
+        is_finite: bool; where False the layer's weights were left alone.
+    """
+
+    weight_norm: Tensor
+    direction_norm: Tensor
+    trust_ratio: Tensor
+    weight_decay: Tensor
+    is_finite: Tensor
 
 
 class Kernels(Protocol):
-    """One backend. All functions are deterministic: same input, same bits; no atomics; sums in a fixed order."""
+    """One backend. All functions are deterministic: same input, same bits; no atomics; sums in a fixed order.
+
+    ``grad_scale``: 0-dim, what gradients are multiplied by before use (unscaling, clipping); None for 1.
+    """
 
     name: str
+    is_fused: bool
+    """Whether ``step_`` reads the memory fewer times than ``accumulate_`` and ``advance_`` together."""
+
+    def is_current(self, segments: Segments) -> bool:
+        """Whether the weights still have the device, dtype and shape that they had at the first call."""
+        ...
 
     def square_sums(self, tensors: list[Tensor]) -> Tensor:
         """Sum of the squares of each tensor.
@@ -53,16 +131,15 @@ class Kernels(Protocol):
         """
         ...
 
-    def direction_square_sums(self, segments: Segments, *, grad_scale: Tensor | None) -> Tensor:
-        """Sums of squares of the weights and of the rule's direction, segment by segment.
+    def accumulate_(self, segments: Segments, *, grad_scale: Tensor | None) -> Tensor:
+        """Renews the state if the rule accumulates, and sums the squares of the weights and of the direction.
 
         Args:
-            segments: read, nothing is written.
-            grad_scale: 0-dim, what gradients are multiplied by before use (unscaling, clipping); None for 1.
+            segments: ``states`` written in place, the rest read.
 
         Returns:
-            [num_segments, 2] fp64: column 0 the weights, column 1 the direction; NaN or inf in column 1 where the
-            step would put a value that is not finite into the state.
+            [num_layers, 2] fp64: column 0 the weights, column 1 the direction, over what lies in these tensors; NaN or
+            inf in column 1 of layers with an element that is not finite.
         """
         ...
 
@@ -76,14 +153,25 @@ class Kernels(Protocol):
         shrinkage: Tensor | None,
         is_finite: Tensor,
     ) -> None:
-        """Writes the new weights and states in place.
+        """Writes the new weights, and the state that depends on the ratio, in place.
 
         Args:
-            segments: ``weights`` and ``states`` written in place, ``grads`` read. ``segments.rows`` indexes the
-                layer tensors below.
-            ratios: [num_layers] compute dtype or fp64, read. Trust ratios, 1 for layers that are not adapted.
+            segments: ``weights`` and ``states`` written in place, ``grads`` read.
+            ratios: [num_layers] compute dtype, read. Trust ratios, 1 for layers that are not adapted.
             weight_decays: [num_layers] fp64, read. Coupled weight decay in force.
             shrinkage: [num_layers] fp64, read. 1 - lr * decoupled weight decay; None if there is none.
-            is_finite: 0-dim bool, read, on the segments' device. Where False nothing may change.
+            is_finite: [num_layers] bool, read. Layers where it is False stay as they are.
         """
+        ...
+
+    def count_(self, steps: list[Tensor]) -> None:
+        """Adds 1 to each of these 0-dim fp32 counters, in place."""
+        ...
+
+
+class FusedKernels(Kernels, Protocol):
+    """A backend that can do a whole step at once, trust ratios included."""
+
+    def step_(self, segments: Segments, *, grad_scale: Tensor | None) -> LayerFigures:
+        """``accumulate_``, trust ratios and ``advance_``, for layers that lie in these tensors as a whole."""
         ...

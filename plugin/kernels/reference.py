@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from largebatch.kernels.interface import Segments
+from largebatch.kernels.interface import Segments, Span
+from largebatch.kernels.rounding import random_bits, rounded_to_bf16
 
 # fp64 copies are made of at most this many elements at a time (8 MB), so that a step needs no full-size temporary
 SUM_BLOCK = 1 << 20
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp64 for fp64 tensors, fp32 for all others: the dtype of states and of the arithmetic."""
+    """fp64 for fp64 tensors, fp32 for all others: the dtype of the arithmetic."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -28,22 +29,30 @@ class ReferenceKernels:
     """See :class:`largebatch.kernels.interface.Kernels`."""
 
     name = "reference"
+    is_fused = False
+
+    def is_current(self, segments: Segments) -> bool:
+        return segments.have_same_layout()
 
     def square_sums(self, tensors: list[Tensor]) -> Tensor:
         return torch.stack([square_sum(tensor) for tensor in tensors])
 
-    def direction_square_sums(self, segments: Segments, *, grad_scale: Tensor | None) -> Tensor:
-        sums = []
-        for i, weight in enumerate(segments.weights):
-            direction = segments.rule.direction(
-                weight.to(compute_dtype(weight.dtype)),
-                scaled_grad(segments.grads[i], weight, grad_scale),
-                segments.states[i],
-                step=segments.steps[i],
-                weight_decay=segments.weight_decays[i],
+    def accumulate_(self, segments: Segments, *, grad_scale: Tensor | None) -> Tensor:
+        rule, dtype = segments.rule, segments.dtype
+        sums = torch.zeros(segments.num_layers, 2, dtype=torch.float64, device=segments.device)
+        for span, weight, grad, states in segments.pieces():
+            weight, grad, weight_decay = weight.to(dtype), scaled(grad, dtype, grad_scale), at(segments, span)
+            fresh = rule.accumulate(weight, grad, in_dtype(states, dtype), weight_decay=weight_decay)
+            is_finite = all_finite(*fresh)
+            if rule.accumulates:
+                for i, (old, new) in enumerate(zip(states, fresh, strict=True)):
+                    store_(old, new, is_finite, segments, span, i)
+            direction = rule.direction(
+                weight, grad, in_dtype(states, dtype), step=step_number(segments, span), weight_decay=weight_decay
             )
-            sums.append(torch.stack([square_sum(weight), square_sum(direction)]))
-        return torch.stack(sums)
+            sums[span.row, 0] = square_sum(weight)
+            sums[span.row, 1] = square_sum(torch.where(is_finite, direction, torch.nan))
+        return sums
 
     def advance_(
         self,
@@ -55,23 +64,75 @@ class ReferenceKernels:
         shrinkage: Tensor | None,
         is_finite: Tensor,
     ) -> None:
-        for i, weight in enumerate(segments.weights):
-            row = segments.rows[i]
-            old_weight = weight.to(compute_dtype(weight.dtype))
-            new_weight, new_state = segments.rule.advance(
-                old_weight if shrinkage is None else old_weight * shrinkage[row],
-                scaled_grad(segments.grads[i], weight, grad_scale),
-                segments.states[i],
+        rule, dtype = segments.rule, segments.dtype
+        for span, weight, grad, states in segments.pieces():
+            old_weight = weight.to(dtype)
+            new_weight, new_states = rule.advance(
+                old_weight if shrinkage is None else old_weight * shrinkage[span.row],
+                scaled(grad, dtype, grad_scale),
+                in_dtype(states, dtype),
                 lr=segments.lr,
-                ratio=ratios[row],
-                step=segments.steps[i],
-                weight_decay=weight_decays[row],
+                ratio=ratios[span.row],
+                step=step_number(segments, span),
+                weight_decay=weight_decays[span.row],
             )
-            for old, new in zip((weight, *segments.states[i]), (new_weight, *new_state), strict=True):
-                old.copy_(torch.where(is_finite, new, old))
+            is_written = is_finite[span.row] & all_finite(new_weight, *new_states)
+            weight.copy_(torch.where(is_written, new_weight, old_weight))
+            if not rule.accumulates:
+                for i, (old, new) in enumerate(zip(states, new_states, strict=True)):
+                    store_(old, new, is_written, segments, span, i)
+
+    def count_(self, steps: list[Tensor]) -> None:
+        torch._foreach_add_(steps, 1.0)
 
 
-def scaled_grad(grad: Tensor, weight: Tensor, grad_scale: Tensor | None) -> Tensor:
+def scaled(grad: Tensor, dtype: torch.dtype, grad_scale: Tensor | None) -> Tensor:
     """The gradient in the compute dtype, times ``grad_scale``."""
-    grad = grad.to(compute_dtype(weight.dtype))
+    grad = grad.to(dtype)
     return grad if grad_scale is None else grad * grad_scale
+
+
+def in_dtype(states: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return tuple(state.to(dtype) for state in states)
+
+
+def at(segments: Segments, span: Span) -> float:
+    return segments.weight_decays[span.row]
+
+
+def step_number(segments: Segments, span: Span) -> float | Tensor:
+    """t of the step being taken: a Python float on the CPU, elsewhere 0-dim fp64 on the device."""
+    if not segments.steps:
+        return 0.0
+    step = segments.steps[span.tensor]
+    return float(step) + 1 if segments.device.type == "cpu" else step.to(segments.device, torch.float64) + 1
+
+
+def all_finite(first: Tensor, *others: Tensor) -> Tensor:
+    """Elementwise: whether the values of all tensors are finite."""
+    is_finite = torch.isfinite(first)
+    for tensor in others:
+        is_finite = is_finite & torch.isfinite(tensor)
+    return is_finite
+
+
+def store_(old: Tensor, new: Tensor, is_written: Tensor, segments: Segments, span: Span, index: int) -> None:
+    """Writes state number ``index`` where ``is_written``; in bf16 with stochastic rounding."""
+    if old.dtype == torch.bfloat16:
+        bits = random_bits(
+            old.numel(),
+            first=span.layer_start,
+            seed=segments.seeds[span.row],
+            step=segments.steps[span.tensor] + 1,
+            device=old.device,
+        )
+        bits = in_storage_order(bits >> 16 * index & 0xFFFF, old)
+        new = rounded_to_bf16(torch.where(is_written, new, 0.0), bits)
+    old.copy_(torch.where(is_written, new, old))
+
+
+def in_storage_order(values: Tensor, like: Tensor) -> Tensor:
+    """[numel] values laid out in the shape of ``like`` so that they follow its storage."""
+    laid_out = torch.empty_like(like, dtype=values.dtype)
+    laid_out.as_strided((values.numel(),), (1,)).copy_(values)
+    return laid_out

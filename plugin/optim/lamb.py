@@ -35,7 +35,8 @@ class LAMB(LayerwiseOptimizer):
             module type with ``model``, else by name. Excluded from adaptation: ratio 1.
         preset: "paper", "mlperf", "apex", "timm", "deepspeed" or "author": fills in the options not given; see
             largebatch.presets.
-        kernels: "auto" or "reference".
+        kernels: "auto", "reference", "cpp" (CPU), "triton" or "apex" (CUDA); see largebatch.kernels.dispatch.
+        state_dtype: "fp32", or "bf16" for state of half the size with stochastic rounding.
         model: the module that the parameters are of, for names and module types.
 
     Raises:
@@ -64,6 +65,7 @@ class LAMB(LayerwiseOptimizer):
         exclude_from_weight_decay: Sequence[str] = (),
         preset: str | None = None,
         kernels: str = "auto",
+        state_dtype: str = "fp32",
         model: nn.Module | None = None,
     ):
         options = {n: v for n, v in locals().items() if n not in ("self", "params", "model", "preset", "__class__")}
@@ -104,6 +106,7 @@ class NesterovLAMB(LayerwiseOptimizer):
         exclude_from_weight_decay: Sequence[str] = (),
         preset: str | None = None,
         kernels: str = "auto",
+        state_dtype: str = "fp32",
         model: nn.Module | None = None,
     ):
         options = {n: v for n, v in locals().items() if n not in ("self", "params", "model", "preset", "__class__")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, ClassVar
 
@@ -15,15 +15,17 @@ from torch import Tensor, nn
 from largebatch.config import GlobalOptions, SharedOptions, check_option_names, check_preset
 from largebatch.exclusion import LayerPolicy
 from largebatch.kernels import dispatch
-from largebatch.kernels.interface import Segments
+from largebatch.kernels.interface import LayerFigures, Segments
 from largebatch.kernels.reference import compute_dtype
 from largebatch.layer_map.partition import Partition
 from largebatch.optim.calls import Call, sums_over_ranks
 from largebatch.optim.layer_table import LayerTable
+from largebatch.optim.plan import GroupPlan, plan_group
 from largebatch.optim.state import (
     check_same_meaning,
     fill_state,
     has_checkpoint_names,
+    state_dtype_of,
     with_checkpoint_names,
     with_own_names,
 )
@@ -31,6 +33,12 @@ from largebatch.rules.rule import Rule
 from largebatch.telemetry import LayerStats
 
 logger = logging.getLogger("largebatch")
+
+
+def on_first_use(count: Tensor | None, device: torch.device) -> Tensor:
+    """A 0-dim int64 counter on the device: the given one, or a new one at zero."""
+    return torch.zeros((), dtype=torch.int64, device=device) if count is None else count.to(device)
+
 
 GLOBAL_OPTIONS = tuple(field.name for field in fields(GlobalOptions))
 
@@ -62,8 +70,10 @@ def fills_from_preset(init: Callable[..., None]) -> Callable[..., None]:
 class LayerwiseOptimizer(torch.optim.Optimizer):
     """Base of LARS, LAMB, N-LAMB and NN-LAMB. Subclasses name a rule and its options; they do not override step().
 
-    A step changes nothing unless every layer's sums are finite on every rank that shares its layers: a NaN or inf in
-    any gradient leaves weights, state and step counts as they were, and counts in :attr:`num_skipped_steps`.
+    NaN and inf never enter weights or state. An element whose gradient is not finite keeps its moments; a layer that
+    holds such an element, on any rank, keeps its weights in that step and is named in the log; other layers step. To
+    drop the whole step instead, clip (the norm is then NaN, too) or use a loss scale. Nothing is counted as a step in
+    which no layer moved. See :attr:`num_skipped_steps` and :attr:`num_skipped_layers`.
     """
 
     options_class: ClassVar[type[SharedOptions]]
@@ -77,13 +87,16 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         self.options_class(**options)
         self.max_grad_norm = global_options.max_grad_norm
         self.kernels = global_options.kernels
+        self.state_dtype = global_options.state_dtype
         self._table = LayerTable(
             model, global_options.exclude_from_adaptation, global_options.exclude_from_weight_decay
         )
         self._is_armed = True
         self._configured: list[dict[str, Any]] = []
-        self._stats: dict[int, LayerStats] = {}
+        self._plans: dict[tuple[int, int, int], GroupPlan] = {}
+        self._stats: dict[tuple[str, ...], LayerStats] = {}
         self._num_skipped: Tensor | None = None
+        self._num_skipped_layers: Tensor | None = None
         super().__init__(params, options)
         self._table.check_exclusions_match()
 
@@ -140,85 +153,136 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        calls = list(self._collect())
+        calls = self._calls()
         if not calls:
             return loss
-        grad_scale = self._clip_scale(calls)
-        sums = sums_over_ranks(calls, grad_scale)
-        is_finite = torch.stack([torch.isfinite(s).all().to(calls[0].device) for s in sums]).all()
-        self._count_skipped(is_finite, sums, calls)
-        for call, call_sums in zip(calls, sums, strict=True):
-            is_finite_here = is_finite.to(call.device)
-            stats = call.advance_(call_sums, grad_scale=grad_scale, is_finite=is_finite_here)
-            if call.segments.rule.counts_steps:
-                self._count_step(call, is_finite_here)
-            key = id(call.tensors[0])
-            self._stats[key] = stats.unless(is_finite_here, self._stats.get(key))
+        found_inf = getattr(self, "found_inf", None)  # both set by torch.amp.GradScaler for the time of this call
+        if found_inf is not None and found_inf.device.type == "cpu" and found_inf:
+            self._count_skipped_step(found_inf)
+            return loss
+        grad_scale = self._grad_scale(calls, found_inf)
+        if all(call.kernels.is_fused and call.is_local for call in calls):
+            figures = [call.step_(grad_scale) for call in calls]
+        else:
+            sums = sums_over_ranks(calls, [call.sums(grad_scale) for call in calls])
+            figures = [call.advance_(s, grad_scale=grad_scale) for call, s in zip(calls, sums, strict=True)]
+        for call, call_figures in zip(calls, figures, strict=True):
+            # the latest goes to the end, so that a layer's older figures under another sorting are overruled
+            stats = call.stats_of(call_figures, self._stats.pop(call.names, None))
+            self._stats[call.names] = stats
+        self._count_step(calls, figures)
         return loss
 
-    def _collect(self) -> Iterable[Call]:
-        """Groups the tensors that have gradients by param group, device, dtype and process group."""
+    def _calls(self) -> list[Call]:
+        """The calls of this step; those of the last one if only gradients and learning rates are new."""
+        if not self._is_armed:
+            for group in self.param_groups:
+                for tensor in group["params"]:
+                    if tensor.grad is not None:
+                        self._state_of(tensor, self.make_rule(self._group_options(group)))
+            return []
+        calls = []
         for group in self.param_groups:
-            options = self._group_options(group)
-            rule = self.make_rule(options)
-            calls: dict[Any, Call] = {}
-            for tensor in group["params"]:
-                if tensor.grad is None:
-                    # ranks must enter the all-reduce together, so an engine gives its partitions zeros instead
-                    partition = self._table.partitions.get(tensor)
-                    assert partition is None or partition.process_group is None
-                    continue
-                if tensor.grad.is_sparse:
-                    raise RuntimeError(
-                        f"{type(self).__name__} does not support sparse gradients; use a dense embedding"
-                    )
-                state = self._state_of(tensor, rule)
-                if not self._is_armed:
-                    continue
-                layer_map, policies, process_group = self._table.layout_of(tensor)
-                key = (tensor.device, compute_dtype(tensor.dtype), process_group)
-                if key not in calls:
-                    kernels = dispatch.choose(tensor.device.type, self.kernels)
-                    calls[key] = Call(Segments(rule, options.lr), options, *key, kernels)
-                calls[key].add(tensor, state, layer_map, policies)
-            yield from calls.values()
+            # an engine may step its groups one by one, or put one flat tensor after another into the same group
+            params = group["params"]
+            key = (id(group), len(params), id(params[0]) if params else 0)
+            plan = self._plans.get(key)
+            if plan is None or plan.group is not group or not plan.renew(self.state):
+                names = tuple(field.name for field in fields(self.options_class) if field.name != "lr")
+                self._plans[key] = plan = plan_group(group, names, self._calls_of_group, self.state)
+                plan.renew(self.state)
+            calls.extend(plan.calls)
+        return calls
 
-    def _clip_scale(self, calls: list[Call]) -> Tensor | None:
-        """0-dim fp64 factor that brings the global gradient norm down to max_grad_norm (NVLAMB's pre-clip)."""
+    def _calls_of_group(self, group: dict[str, Any]) -> list[Call]:
+        """Sorts the tensors that have gradients by device, dtype and process group."""
+        options = self._group_options(group)
+        rule = self.make_rule(options)
+        calls: dict[Any, Call] = {}
+        for position, tensor in enumerate(group["params"]):
+            if tensor.grad is None:
+                # ranks must enter the all-reduce together, so an engine gives its partitions zeros instead
+                partition = self._table.partitions.get(tensor)
+                assert partition is None or partition.process_group is None
+                continue
+            if tensor.grad.layout is not torch.strided:
+                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients; use a dense embedding")
+            state = self._state_of(tensor, rule)
+            layer_map, policies, process_group = self._table.layout_of(tensor)
+            dtype = compute_dtype(tensor.dtype)
+            key = (tensor.device, tensor.dtype, tensor.grad.dtype, process_group)
+            if key not in calls:
+                kernels = dispatch.choose(tensor.device.type, self.kernels)
+                calls[key] = Call(Segments(rule, tensor.device, dtype), process_group, kernels)
+            calls[key].add(position, tensor, state, layer_map, policies, options)
+        return list(calls.values())
+
+    def _grad_scale(self, calls: list[Call], found_inf: Tensor | None) -> Tensor | None:
+        """0-dim fp64 factor of all gradients: out of the loss scale, and down to max_grad_norm (NVLAMB's pre-clip).
+
+        NaN where a GradScaler has found an overflow on the device, so that no layer moves and nobody has to wait.
+        """
+        scale = getattr(self, "grad_scale", None)
+        factor = None if scale is None else scale.double().reciprocal()
+        if found_inf is not None and found_inf.device.type != "cpu":
+            factor = torch.where(found_inf > 0, torch.nan, 1.0 if factor is None else factor).double()
         if self.max_grad_norm is None:
-            return None
+            return factor
         if any(call.process_group is not None for call in calls):
             raise RuntimeError(
                 f"max_grad_norm={self.max_grad_norm} needs the norm of all gradients, and a sharded engine hands them "
                 'out in parts; set max_grad_norm to null and the engine\'s "gradient_clipping" to the value'
             )
-        home = calls[0].device
-        sums = [call.kernels.square_sums(call.segments.grads).sum().to(home) for call in calls if call.segments.grads]
-        if not sums:
-            return None
-        norm = torch.stack(sums).sum().sqrt()
-        return self.max_grad_norm / norm.clamp(min=self.max_grad_norm)
+        home = calls[0].segments.device
+        norm = torch.stack([c.kernels.square_sums(c.segments.grads).sum().to(home) for c in calls]).sum().sqrt()
+        norm = norm if factor is None else norm * factor.to(home)
+        clip = self.max_grad_norm / norm.clamp(min=self.max_grad_norm)
+        return clip if factor is None else clip * factor.to(home)
 
-    def _count_step(self, call: Call, is_finite: Tensor) -> None:
-        for tensor in call.tensors:
-            # replaced, not changed in place: an engine may have loaded one tensor into several states
-            step = self.state[tensor]["step"]
-            self.state[tensor]["step"] = step + is_finite.to(step.device, step.dtype)
+    def _count_step(self, calls: list[Call], figures: list[LayerFigures]) -> None:
+        """Counts a step in the state unless no layer moved, and what was left alone in the statistics."""
+        home = calls[0].segments.device
+        if home.type == "cpu" and all(call.segments.device == home for call in calls):
+            self._count_step_on_cpu(calls, figures)
+            return
+        has_moved = torch.stack([f.is_finite.any().to(home) for f in figures]).any()
+        self._count_skipped_step(~has_moved)
+        num_skipped = sum((~f.is_finite).sum().to(home) for f in figures)
+        self._num_skipped_layers = on_first_use(self._num_skipped_layers, home).add_(num_skipped)
+        for call in calls:
+            if call.segments.steps:
+                torch._foreach_add_(call.segments.steps, has_moved.to(call.segments.device, torch.float32))
 
-    def _count_skipped(self, is_finite: Tensor, sums: list[Tensor], calls: list[Call]) -> None:
-        if self._num_skipped is None:
-            self._num_skipped = torch.zeros((), dtype=torch.int64, device=is_finite.device)
-        self._num_skipped = self._num_skipped + ~is_finite
-        if is_finite.device.type == "cpu" and not is_finite:
-            bad = [
-                policy.name
-                for call, call_sums in zip(calls, sums, strict=True)
-                for policy, is_good in zip(call.policies, torch.isfinite(call_sums).all(dim=1).tolist(), strict=True)
-                if not is_good
-            ]
+    def _count_step_on_cpu(self, calls: list[Call], figures: list[LayerFigures]) -> None:
+        bad = [
+            policy.name
+            for call, f in zip(calls, figures, strict=True)
+            if not f.is_finite.all()
+            for policy, is_good in zip(call.policies, f.is_finite.tolist(), strict=True)
+            if not is_good
+        ]
+        has_moved = len(bad) < sum(len(call.policies) for call in calls)
+        if bad:
+            self._num_skipped_layers = on_first_use(self._num_skipped_layers, torch.device("cpu")).add_(len(bad))
             more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-            what = f"NaN or inf in {', '.join(bad[:5])}{more}; weights and state are unchanged"
-            logger.warning("%s skipped a step: %s", type(self).__name__, what)
+            what = "the other layers were" if has_moved else "no layer was"
+            logger.warning(
+                "%s left %s%s as they were: NaN or inf in the gradient; %s stepped",
+                type(self).__name__,
+                ", ".join(bad[:5]),
+                more,
+                what,
+            )
+        if not has_moved:
+            self._count_skipped_step(torch.tensor(True))
+            return
+        for call in calls:
+            if call.segments.steps:
+                call.kernels.count_(call.segments.steps)
+
+    def _count_skipped_step(self, is_skipped: Tensor) -> None:
+        self._num_skipped = on_first_use(self._num_skipped, is_skipped.device)
+        self._num_skipped.add_((is_skipped > 0).to(torch.int64).reshape(()))
 
     # --- observing --------------------------------------------------------------------------------------------------
 
@@ -234,8 +298,13 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
 
     @property
     def num_skipped_steps(self) -> int:
-        """Calls of step() that changed nothing because a sum was not finite. Waits for the device."""
+        """Calls of step() in which no layer moved, because of NaN or inf everywhere or a scaler's verdict. Waits for the device."""
         return 0 if self._num_skipped is None else int(self._num_skipped)
+
+    @property
+    def num_skipped_layers(self) -> int:
+        """How often a layer was left alone because of NaN or inf in its gradient. Waits for the device."""
+        return 0 if self._num_skipped_layers is None else int(self._num_skipped_layers)
 
     def layer_stats(self) -> dict[str, dict[str, float]]:
         """{layer name: {weight_norm, direction_norm, trust_ratio, local_lr, weight_decay}} of the last step.
@@ -268,6 +337,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
             partitions: one entry for each tensor that ``step()`` may see and that is not a parameter itself.
         """
         self._table.attach(partitions)
+        self._plans = {}
         self._is_armed = True
         fixed = [field.name for field in fields(self.options_class) if field.name != "lr"]
         self._configured = [{name: group[name] for name in fixed} for group in self.param_groups]
@@ -290,7 +360,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         state = self.state[tensor]
         if has_checkpoint_names(state, self.checkpoint_names):  # an engine has put a checkpoint's state here
             self.state[tensor] = state = with_own_names(state, self.checkpoint_names)
-        fill_state(state, tensor, rule)
+        fill_state(state, tensor, rule, self.state_dtype)
         return state
 
     def state_dict(self) -> dict[str, Any]:
@@ -313,15 +383,17 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
             i: with_own_names(s, names) if has_checkpoint_names(s, names) else s for i, s in state_dict["state"].items()
         }
         super().load_state_dict(state_dict | {"state": states})
+        self._plans = {}
         # torch casts state to the dtype of the parameter; ours is fp32 under bf16 and fp16 parameters
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
         for saved_id, tensor in zip(saved_ids, tensors, strict=True):
             for name, value in states.get(saved_id, {}).items():
                 if isinstance(value, Tensor):
-                    dtype = torch.float32 if name == "step" else compute_dtype(tensor.dtype)
+                    dtype = torch.float32 if name == "step" else state_dtype_of(tensor, self.state_dtype)
                     self.state[tensor][name] = value.to(tensor.device, dtype, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("max_grad_norm", "kernels", "_table", "_is_armed", "_configured", "_num_skipped")
-        return super().__getstate__() | {name: getattr(self, name) for name in own} | {"_stats": {}}
+        own = ("max_grad_norm", "kernels", "state_dtype", "_table", "_is_armed", "_configured")
+        own += ("_num_skipped", "_num_skipped_layers")
+        return super().__getstate__() | {name: getattr(self, name) for name in own} | {"_stats": {}, "_plans": {}}

@@ -8,24 +8,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from largebatch.kernels.reference import compute_dtype
 from largebatch.rules.rule import Rule
 
+STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Legal values of the optimizers' ``state_dtype`` argument. fp64 parameters have fp64 state, whatever it says."""
 
-def fill_state(state: dict[str, Tensor], tensor: Tensor, rule: Rule) -> None:
-    """Adds what the rule needs and the state lacks: zeros in the compute dtype, laid out like the tensor."""
-    if rule.counts_steps and "step" not in state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
+
+def state_dtype_of(tensor: Tensor, requested: str) -> torch.dtype:
+    """dtype of the elementwise state of a tensor."""
+    return torch.float64 if tensor.dtype == torch.float64 else STATE_DTYPES[requested]
+
+
+def needs_step(rule: Rule, dtype: torch.dtype) -> bool:
+    """Whether state of this dtype has a step count: the rule's, or the one that stochastic rounding draws from."""
+    return rule.counts_steps or dtype == torch.bfloat16
+
+
+def fill_state(state: dict[str, Tensor], tensor: Tensor, rule: Rule, requested_dtype: str) -> None:
+    """Adds what the rule needs and the state lacks: zeros, laid out like the tensor; and a step count of its own.
+
+    The count is changed in place, and an engine may have loaded one tensor into several states.
+    """
+    dtype = state_dtype_of(tensor, requested_dtype)
+    if needs_step(rule, dtype):
+        step = state.get("step", 0.0)
+        device = tensor.device if tensor.device.type != "meta" else None
+        value = (
+            step.detach().to(device, torch.float32).reshape(())
+            if isinstance(step, Tensor)
+            else torch.tensor(float(step), device=device)
+        )
+        state["step"] = value.clone()
     for name in rule.elementwise_state:
         if name not in state:
-            dtype = compute_dtype(tensor.dtype)
             state[name] = torch.zeros_like(tensor, dtype=dtype, memory_format=torch.preserve_format)
-
-
-def step_number(state: Mapping[str, Tensor], device: torch.device) -> float | Tensor:
-    """t of the step being taken: a Python float on the CPU, elsewhere 0-dim fp64 on the device."""
-    step = state["step"]
-    return float(step) + 1 if device.type == "cpu" else step.to(device, torch.float64) + 1
+        elif state[name].dtype != dtype:
+            state[name] = state[name].to(dtype)
 
 
 def with_checkpoint_names(state: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:

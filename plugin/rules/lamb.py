@@ -34,7 +34,6 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from largebatch.rules.trust_ratio import guarded_ratio, phi
@@ -52,6 +51,7 @@ class LAMB:
     name: ClassVar[str] = "lamb"
     elementwise_state: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
     counts_steps: ClassVar[bool] = True
+    accumulates: ClassVar[bool] = True
 
     betas: tuple[float, float]
     eps: float
@@ -59,8 +59,9 @@ class LAMB:
     weight_norm_bounds: tuple[float, float] | None
     trust_ratio_bounds: tuple[float, float] | None
 
-    def moments(self, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def accumulate(self, weight: Tensor, grad: Tensor, state: tuple[Tensor, ...], *, weight_decay):
         """m <- beta1 m + (1 - beta1) g;  v <- beta2 v + (1 - beta2) g^2."""
+        exp_avg, exp_avg_sq = state
         beta1, beta2 = self.betas
         return beta1 * exp_avg + (1 - beta1) * grad, beta2 * exp_avg_sq + (1 - beta2) * grad.square()
 
@@ -78,11 +79,8 @@ class LAMB:
     def direction(
         self, weight: Tensor, grad: Tensor, state: tuple[Tensor, ...], *, step, weight_decay: float
     ) -> Tensor:
-        exp_avg, exp_avg_sq = self.moments(*state, grad)
-        m_hat, v_hat = self.bias_corrected(exp_avg, exp_avg_sq, grad, step=step)
-        update = self.update(weight, m_hat, v_hat, weight_decay=weight_decay)
-        # g^2 may overflow where g does not; r would then be 0 and the infinite v go unseen
-        return torch.where(torch.isfinite(exp_avg_sq), update, torch.nan)
+        m_hat, v_hat = self.bias_corrected(*state, grad, step=step)
+        return self.update(weight, m_hat, v_hat, weight_decay=weight_decay)
 
     def trust_ratio(self, weight_norm: Tensor, update_norm: Tensor, *, lr, weight_decay: Tensor) -> Tensor:
         # phi(||x||) / ||r + lambda x||
@@ -100,11 +98,9 @@ class LAMB:
     def advance(
         self, weight: Tensor, grad: Tensor, state: tuple[Tensor, ...], *, lr, ratio: Tensor, step, weight_decay
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        exp_avg, exp_avg_sq = self.moments(*state, grad)
-        m_hat, v_hat = self.bias_corrected(exp_avg, exp_avg_sq, grad, step=step)
-        update = self.update(weight, m_hat, v_hat, weight_decay=weight_decay)
+        update = self.direction(weight, grad, state, step=step, weight_decay=weight_decay)
         # x <- x - eta_t phi(||x||) / ||r + lambda x|| (r + lambda x)
-        return weight - self.corrected_lr(lr, step) * ratio * update, (exp_avg, exp_avg_sq)
+        return weight - self.corrected_lr(lr, step) * ratio * update, state
 
     def corrected_lr(self, lr, step):
         """eta_t, or DeepSpeed's folding of both bias corrections into it."""

@@ -46,6 +46,7 @@ class LARS2017:
     name: ClassVar[str] = "lars"
     elementwise_state: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
     counts_steps: ClassVar[bool] = False
+    accumulates: ClassVar[bool] = False
 
     momentum: float
     trust_coefficient: float
@@ -58,6 +59,9 @@ class LARS2017:
     skip_zero_norm_layers: bool
     weight_norm_bounds: tuple[float, float] | None
     trust_ratio_bounds: tuple[float, float] | None
+
+    def accumulate(self, weight: Tensor, grad: Tensor, state: tuple[Tensor, ...], *, weight_decay):
+        return state  # lambda is inside v
 
     def direction(
         self, weight: Tensor, grad: Tensor, state: tuple[Tensor, ...], *, step, weight_decay: float
@@ -111,19 +115,22 @@ class LARS2019:
     name: ClassVar[str] = "lars2019"
     elementwise_state: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
     counts_steps: ClassVar[bool] = False
+    accumulates: ClassVar[bool] = True
 
     momentum: float
     eps: float
     weight_norm_bounds: tuple[float, float] | None
     trust_ratio_bounds: tuple[float, float] | None
 
-    def momentum_of(self, weight: Tensor, grad: Tensor, momentum_buffer: Tensor, *, weight_decay) -> Tensor:
-        return self.momentum * momentum_buffer + (1 - self.momentum) * (grad + weight_decay * weight)
+    def accumulate(self, weight: Tensor, grad: Tensor, state: tuple[Tensor, ...], *, weight_decay):
+        """m <- beta1 m + (1 - beta1) (g + lambda x)."""
+        (momentum_buffer,) = state
+        return (self.momentum * momentum_buffer + (1 - self.momentum) * (grad + weight_decay * weight),)
 
     def direction(
         self, weight: Tensor, grad: Tensor, state: tuple[Tensor, ...], *, step, weight_decay: float
     ) -> Tensor:
-        return self.momentum_of(weight, grad, state[0], weight_decay=weight_decay)
+        return state[0]
 
     def trust_ratio(self, weight_norm: Tensor, momentum_norm: Tensor, *, lr, weight_decay: Tensor) -> Tensor:
         return guarded_ratio(
@@ -140,5 +147,6 @@ class LARS2019:
     def advance(
         self, weight: Tensor, grad: Tensor, state: tuple[Tensor, ...], *, lr, ratio: Tensor, step, weight_decay
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        momentum_buffer = self.momentum_of(weight, grad, state[0], weight_decay=weight_decay)
-        return weight - lr * ratio * momentum_buffer, (momentum_buffer,)
+        (momentum_buffer,) = state
+        # x <- x - eta phi(||x||) / ||m|| m
+        return weight - lr * ratio * momentum_buffer, state

@@ -10,8 +10,9 @@ from torch import Tensor
 class Rule(Protocol):
     """The mathematics of one algorithm. Pure: returns new tensors, writes none.
 
-    A step of any rule is: ``direction`` of every layer, its norm and that of the weights, ``trust_ratio`` from the
-    two norms, then ``advance``. Elementwise arguments all have one shape and one floating dtype (the compute dtype).
+    A step of any rule is: ``accumulate`` what needs no trust ratio, ``direction`` of every layer from the state so
+    gained, its norm and that of the weights, ``trust_ratio`` from the two norms, then ``advance``. Elementwise
+    arguments all have one shape and one floating dtype (the compute dtype).
     """
 
     name: ClassVar[str]
@@ -19,11 +20,19 @@ class Rule(Protocol):
     """Names of the state tensors that have the shape of the parameter."""
     counts_steps: ClassVar[bool]
     """Whether the equations contain the step number t."""
+    accumulates: ClassVar[bool]
+    """Whether the state is renewed by ``accumulate``, before the ratio is known; if not, by ``advance``."""
+
+    def accumulate(
+        self, weight: Tensor, grad: Tensor, state: tuple[Tensor, ...], *, weight_decay: float
+    ) -> tuple[Tensor, ...]:
+        """The new state, as far as it does not depend on the trust ratio; the old one if all of it does."""
+        ...
 
     def direction(
         self, weight: Tensor, grad: Tensor, state: tuple[Tensor, ...], *, step, weight_decay: float
     ) -> Tensor:
-        """The vector whose norm goes into the denominator of the trust ratio. NaN where the step would overflow."""
+        """The vector whose norm goes into the denominator of the trust ratio, from the accumulated state."""
         ...
 
     def trust_ratio(self, weight_norm: Tensor, direction_norm: Tensor, *, lr, weight_decay: Tensor) -> Tensor:

@@ -115,18 +115,64 @@ def test_grad_scaler_skips_an_overflow_and_unscales_the_rest(optimizer_class, lr
 @each_dtype
 @each_algorithm
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
-def test_a_gradient_that_is_not_finite_changes_nothing(optimizer_class, lr, dtype, poison, caplog):
+def test_a_gradient_that_is_not_finite_stops_its_layer_only(optimizer_class, lr, dtype, poison, caplog):
+    """Poisoned beside clean: the layer's weights and the element's state stay, everything else is as without poison."""
+    poisoned, clean = (as_parameters(random_layers(), dtype) for _ in range(2))
+    optimizers = [
+        optimizer_class([(f"layer{i}", p) for i, p in enumerate(parameters)], lr=lr, weight_decay=0.01)
+        for parameters in (poisoned, clean)
+    ]
+    for optimizer, parameters in zip(optimizers, (poisoned, clean), strict=True):
+        steps(optimizer, parameters, 2)
+    old_weight, old_state, stats = poisoned[4].clone(), state_of(optimizers[0], poisoned[4]), optimizers[0].layer_stats()
+    for p, q in zip(poisoned, clean, strict=True):
+        q.grad = p.grad.clone()
+    poisoned[4].grad[3, 1] = poison
+    with caplog.at_level(logging.WARNING, logger="largebatch"):
+        optimizers[0].step()
+    optimizers[1].step()
+    assert "left layer4 as they were: NaN or inf in the gradient; the other layers were stepped" in caplog.text
+    assert optimizers[0].num_skipped_steps == 0 and optimizers[0].num_skipped_layers == 1
+    assert optimizers[0].layer_stats()["layer4"] == stats["layer4"]
+    for i, (p, q) in enumerate(zip(poisoned, clean, strict=True)):
+        state, expected = state_of(optimizers[0], p), state_of(optimizers[1], q)
+        if i == 4:
+            assert_same_bits([old_weight], [p])
+            if optimizer_class is largebatch.LARS:  # the ratio is in the momentum
+                expected = old_state
+            else:
+                for name in ("exp_avg", "exp_avg_sq"):
+                    expected[name][3, 1] = old_state[name][3, 1]
+        else:
+            assert_same_bits([q], [p])
+            assert optimizers[0].layer_stats()[f"layer{i}"] == optimizers[1].layer_stats()[f"layer{i}"]
+        assert_same_bits(expected.values(), state.values())
+    steps(optimizers[0], poisoned, 1)
+    assert optimizers[0].num_skipped_layers == 1
+
+
+def state_of(optimizer, parameter):
+    return {name: value.clone() for name, value in optimizer.state[parameter].items()}
+
+
+@each_dtype
+@each_algorithm
+@pytest.mark.parametrize("what", ["everything", "one element, clipped"])
+def test_a_step_in_which_no_layer_moves_is_as_if_it_had_not_been(optimizer_class, lr, dtype, what):
     parameters = as_parameters(random_layers(), dtype)
-    optimizer = optimizer_class([(f"layer{i}", p) for i, p in enumerate(parameters)], lr=lr, weight_decay=0.01)
+    max_grad_norm = None if what == "everything" else 1.0
+    optimizer = optimizer_class(parameters, lr=lr, weight_decay=0.01, max_grad_norm=max_grad_norm)
     steps(optimizer, parameters, 2)
     before = bits(parameters) + [t for p in parameters for t in bits(optimizer.state[p].values())]
     stats = optimizer.layer_stats()
-    parameters[4].grad[3, 1] = poison
-    with caplog.at_level(logging.WARNING, logger="largebatch"):
-        optimizer.step()
+    if what == "everything":
+        for parameter in parameters:
+            parameter.grad.fill_(float("nan"))
+    else:
+        parameters[4].grad[3, 1] = float("nan")
+    optimizer.step()
     assert_same_bits(before, bits(parameters) + [t for p in parameters for t in bits(optimizer.state[p].values())])
     assert optimizer.num_skipped_steps == 1 and optimizer.layer_stats() == stats
-    assert "skipped a step: NaN or inf in layer4;" in caplog.text
     steps(optimizer, parameters, 1)
     assert optimizer.num_skipped_steps == 1
 

@@ -1,0 +1,122 @@
+"""The kernels for CPU tensors in C++: all of a step in one call, layer after layer, so that the caches serve the second pass.
+
+The loops are in csrc/passes.inc. Tensors are taken as flat arrays; one that does not lie densely in memory, or whose
+state is laid out otherwise, is worked on in a copy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from largebatch.kernels.build import cpu_kernels
+from largebatch.kernels.interface import LayerFigures, Segments
+from largebatch.rules.lamb import LAMB, NLAMB, NNLAMB
+from largebatch.rules.lars import LARS2017, LARS2019
+from largebatch.rules.rule import Rule
+
+ALGORITHMS: dict[type, int] = {LARS2017: 0, LARS2019: 1, LAMB: 2, NLAMB: 3, NNLAMB: 4}
+
+
+def rule_options(rule: Rule) -> dict[str, Any]:
+    """A rule's options as csrc/trust_ratio.h names them."""
+    options = {name: getattr(rule, name) for name in rule.__dataclass_fields__}
+    options["algorithm"] = ALGORITHMS[type(rule)]
+    if "betas" in options:
+        options["beta1"], options["beta2"] = options.pop("betas")
+        correction = options.pop("bias_correction")
+        options |= {"bias_correction": correction is True, "bias_correction_in_lr": correction == "lr"}
+    return options
+
+
+class CppKernels:
+    """See :class:`largebatch.kernels.interface.FusedKernels`."""
+
+    name = "cpp"
+    is_fused = True
+
+    def __init__(self) -> None:
+        self.module = cpu_kernels()
+
+    def is_current(self, segments: Segments) -> bool:
+        plan = segments.prepared.get("cpp")
+        return segments.have_same_layout() if plan is None else plan.is_current()
+
+    def square_sums(self, tensors: list[Tensor]) -> Tensor:
+        return self.module.square_sums([t.detach() for t in tensors])
+
+    def count_(self, steps: list[Tensor]) -> None:
+        self.module.count(steps)
+
+    def accumulate_(self, segments: Segments, *, grad_scale: Tensor | None) -> Tensor:
+        with FlatPlan(self.module, segments) as plan:
+            return plan.accumulate(segments.grads, as_float(grad_scale))
+
+    def advance_(
+        self,
+        segments: Segments,
+        *,
+        grad_scale: Tensor | None,
+        ratios: Tensor,
+        weight_decays: Tensor,
+        shrinkage: Tensor | None,
+        is_finite: Tensor,
+    ) -> None:
+        with FlatPlan(self.module, segments) as plan:
+            lr = float(segments.lr)
+            plan.advance(segments.grads, as_float(grad_scale), lr, ratios, weight_decays, shrinkage, is_finite)
+
+    def step_(self, segments: Segments, *, grad_scale: Tensor | None) -> LayerFigures:
+        with FlatPlan(self.module, segments) as plan:
+            figures, is_finite = plan.step(segments.grads, as_float(grad_scale), float(segments.lr))
+        weight_norm, direction_norm, ratio, weight_decay = figures.unbind()
+        return LayerFigures(weight_norm, direction_norm, ratio.to(segments.dtype), weight_decay, is_finite)
+
+
+def as_float(grad_scale: Tensor | None) -> float:
+    return 1.0 if grad_scale is None else float(grad_scale)
+
+
+class FlatPlan:
+    """The compiled plan of a call, as a context; irregular tensors are copied in at its start and back at its end."""
+
+    def __init__(self, module: Any, segments: Segments):
+        self.module, self.segments = module, segments
+        self.copies: list[tuple[Tensor, Tensor]] = []
+
+    def __enter__(self) -> Any:
+        plan = self.segments.prepared.get("cpp")
+        if plan is None:
+            plan = self.segments.prepared["cpp"] = self.made(self.segments.weights, self.segments.states)
+        if plan.is_flat():
+            return plan
+        weights, states = [], []
+        for weight, state in zip(self.segments.weights, self.segments.states, strict=True):
+            weights.append(self.copied(weight.detach(), weight.detach().contiguous()))
+            states.append(tuple(self.copied(s, torch.empty_like(weights[-1], dtype=s.dtype).copy_(s)) for s in state))
+        return self.made(weights, states)
+
+    def __exit__(self, *_: Any) -> None:
+        for tensor, copy in self.copies:
+            tensor.copy_(copy)
+
+    def copied(self, tensor: Tensor, copy: Tensor) -> Tensor:
+        if copy is not tensor:
+            self.copies.append((tensor, copy))
+        return copy
+
+    def made(self, weights: list[Tensor], states: list[tuple[Tensor, ...]]) -> Any:
+        s = self.segments
+        return self.module.Plan(
+            weights,  # not detached: they shall follow an exchange of .data
+            [list(state) for state in states],
+            s.steps,
+            [tuple(span) for span in s.spans],
+            s.weight_decays,
+            s.decoupled_weight_decays,
+            s.are_adapted,
+            s.seeds,
+            rule_options(s.rule),
+        )

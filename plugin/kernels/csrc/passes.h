@@ -1,0 +1,58 @@
+// What a pass over one chunk of one layer needs, and the table of passes that each instruction set provides.
+// Plain data only: this header is compiled with different target options, so it defines no functions.
+#pragma once
+
+#include <cstdint>
+
+namespace largebatch {
+
+enum class Dtype : int { fp64 = 0, fp32 = 1, bf16 = 2, fp16 = 3 };
+
+enum class Algorithm : int { lars2017 = 0, lars2019 = 1, lamb = 2, nlamb = 3, nnlamb = 4 };
+
+// Elements of a chunk: the unit of work of a thread, and of the fixed order in which sums are taken.
+constexpr int64_t chunk_numel = 4096;
+
+// Lanes of the fp64 sums of a chunk, the same for every instruction set, so that all of them give the same bits.
+constexpr int num_lanes = 16;
+
+// Scalars of one layer in one step, in fp64; each pass rounds them once to its compute type.
+struct Scalars {
+  double grad_scale;
+  double weight_decay;  // coupled; of the first pass the configured one, of the second the one in force
+  double shrinkage;     // 1 - lr * decoupled weight decay
+  double beta1, beta2, eps;
+  double grad_in_m_hat, m_in_m_hat;  // m_hat = m_in_m_hat * m + grad_in_m_hat * g
+  double grad_in_v_hat, v_in_v_hat;  // v_hat = v_in_v_hat * v + grad_in_v_hat * g^2
+  double momentum;
+  double inside, outside;  // LARS: what multiplies the gradient on its way into the momentum, and the momentum
+  double step_size;        // lr * trust ratio, where the rule has one
+  bool is_nesterov;
+};
+
+// One layer's part that lies in one tensor; pointers to its first element.
+struct Layer {
+  void* weight;
+  const void* grad;
+  void* state[2];
+  Dtype weight_dtype, grad_dtype, state_dtype;
+  int64_t numel;
+  int64_t layer_start;    // of the first element in the flattened layer
+  uint32_t rounding_key;  // of layer and step
+  Scalars scalars;
+};
+
+struct Passes {
+  const char* name;
+  // Renews the state of elements [begin, end) if the rule accumulates; sums[0], sums[1]: squares of weights, direction.
+  void (*first)(Algorithm, bool is_fp64, const Layer&, int64_t begin, int64_t end, double* sums);
+  // Writes the new weights of elements [begin, end), and the state of a rule that does not accumulate.
+  void (*second)(Algorithm, bool is_fp64, const Layer&, int64_t begin, int64_t end);
+  double (*square_sum)(const void* values, Dtype, int64_t begin, int64_t end);
+};
+
+const Passes* passes_portable();
+const Passes* passes_avx2();    // nullptr where the compiler's target has no such instructions
+const Passes* passes_avx512();
+
+}  // namespace largebatch
