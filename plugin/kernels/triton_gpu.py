@@ -434,7 +434,7 @@ def cut_into_chunks(numels: list[int]) -> tuple[list[int], list[int]]:
 
 def lies_flat(tensor: Tensor, like: Tensor | None = None) -> bool:
     """Whether a tensor is dense in memory, and laid out like another."""
-    is_dense = tensor.is_contiguous() or torch._prims_common.is_non_overlapping_and_dense(tensor)
+    is_dense = tensor.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(tensor)
     return is_dense and (like is None or tensor.stride() == like.stride())
 
 

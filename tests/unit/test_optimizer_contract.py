@@ -124,7 +124,11 @@ def test_a_gradient_that_is_not_finite_stops_its_layer_only(optimizer_class, lr,
     ]
     for optimizer, parameters in zip(optimizers, (poisoned, clean), strict=True):
         steps(optimizer, parameters, 2)
-    old_weight, old_state, stats = poisoned[4].clone(), state_of(optimizers[0], poisoned[4]), optimizers[0].layer_stats()
+    old_weight, old_state, stats = (
+        poisoned[4].clone(),
+        state_of(optimizers[0], poisoned[4]),
+        optimizers[0].layer_stats(),
+    )
     for p, q in zip(poisoned, clean, strict=True):
         q.grad = p.grad.clone()
     poisoned[4].grad[3, 1] = poison

@@ -170,6 +170,10 @@ class Plan {
       layers_.push_back(layer);
     }
     first_chunks_.push_back(static_cast<int>(chunks_.size()));
+    std::vector<bool> has_span(weight_decays_.size(), false);
+    for (int64_t row : rows_) has_span[row] = true;
+    for (int64_t row = 0; row < static_cast<int64_t>(weight_decays_.size()); ++row)
+      if (!has_span[row]) empty_rows_.push_back(row);
     sums_.resize(2 * chunks_.size());
   }
 
@@ -238,10 +242,9 @@ class Plan {
     double* out = figures.data_ptr<double>();
     bool* good = moved.data_ptr<bool>();
     py::gil_scoped_release release;
-    for (int64_t row = 0; row < num_layers; ++row) {  // layers without an element here
-      out[2 * num_layers + row] = 1.0;
-      out[3 * num_layers + row] = weight_decays_[row];
-    }
+    const double nothing[2] = {0.0, 0.0};
+    Layer empty{};
+    for (int64_t row : empty_rows_) decide(empty, row, nothing, lr, out, num_layers);
     const int num_threads = num_threads_for(total_numel_);
     const std::vector<int>& waves = waves_for(num_threads);
     in_parallel(num_threads, [&](int thread, int team) {
@@ -452,6 +455,7 @@ class Plan {
   int64_t total_numel_ = 0;
   std::vector<Layer> layers_;                      // one a span
   std::vector<int64_t> tensors_, starts_, rows_;   // of each span
+  std::vector<int64_t> empty_rows_;                // layers without an element here
   std::vector<int> first_chunks_;                  // of each span, and the end
   std::vector<Chunk> chunks_;
   std::vector<int64_t> cumulative_;
