@@ -189,6 +189,7 @@ class GlobalOptions:
     exclude_from_weight_decay: tuple[str, ...]
     kernels: str
     state_dtype: str
+    overwrite_grads: bool
 
     def __post_init__(self):
         for field in fields(self):
@@ -219,6 +220,7 @@ CHECKS: dict[str, Check] = {
     "exclude_from_weight_decay": patterns,
     "kernels": one_of(*KERNEL_CHOICES),
     "state_dtype": one_of("fp32", "bf16"),
+    "overwrite_grads": boolean,
 }
 
 

@@ -119,4 +119,5 @@ class FlatPlan:
             s.are_adapted,
             s.seeds,
             rule_options(s.rule),
+            s.may_overwrite_grads,
         )

@@ -83,7 +83,19 @@ def triton(device_type: str) -> Kernels:
 
 
 def apex(device_type: str) -> Kernels:
-    raise UnavailableKernelsError("kernels 'apex' are not there yet")
+    if device_type != "cuda":
+        raise UnavailableKernelsError(f"kernels 'apex' work on cuda tensors, not on {device_type} ones; use 'auto'")
+    try:
+        import amp_C
+        from apex.multi_tensor_apply import multi_tensor_applier
+    except ImportError as error:
+        raise UnavailableKernelsError(
+            f"kernels 'apex' need NVIDIA apex built with its CUDA extensions ({error}). See github.com/NVIDIA/apex; it is "
+            "not on PyPI. Or use 'auto' or 'triton'"
+        ) from error
+    from largebatch.kernels.apex_gpu import ApexKernels
+
+    return ApexKernels(multi_tensor_applier, amp_C)
 
 
 BUILDERS = {"reference": reference, "cpp": cpp, "triton": triton, "apex": apex}

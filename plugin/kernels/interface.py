@@ -63,6 +63,8 @@ class Segments:
     """[num_layers] decoupled weight decay of each layer."""
     are_adapted: list[bool] = field(default_factory=list)
     """[num_layers] False where the trust ratio is 1 whatever the norms."""
+    may_overwrite_grads: bool = False
+    """Whether ``accumulate_`` may leave what it likes in the gradients, for ``advance_`` to find it there."""
     prepared: dict[str, Any] = field(default_factory=dict)
     """What a backend has derived from the above and wants to find again in the next step."""
 
@@ -135,7 +137,7 @@ class Kernels(Protocol):
         """Renews the state if the rule accumulates, and sums the squares of the weights and of the direction.
 
         Args:
-            segments: ``states`` written in place, the rest read.
+            segments: ``states`` written in place, ``grads`` perhaps, if they may be overwritten; the rest read.
 
         Returns:
             [num_layers, 2] fp64: column 0 the weights, column 1 the direction, over what lies in these tensors; NaN or

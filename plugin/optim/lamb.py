@@ -37,6 +37,8 @@ class LAMB(LayerwiseOptimizer):
             largebatch.presets.
         kernels: "auto", "reference", "cpp" (CPU), "triton" or "apex" (CUDA); see largebatch.kernels.dispatch.
         state_dtype: "fp32", or "bf16" for state of half the size with stochastic rounding.
+        overwrite_grads: let step() leave its intermediate results in the gradients, which makes LAMB on CPUs faster by
+            a fifth; read gradients before the step then. Same numbers. Gradients of a sharded engine always are.
         model: the module that the parameters are of, for names and module types.
 
     Raises:
@@ -66,6 +68,7 @@ class LAMB(LayerwiseOptimizer):
         preset: str | None = None,
         kernels: str = "auto",
         state_dtype: str = "fp32",
+        overwrite_grads: bool = False,
         model: nn.Module | None = None,
     ):
         options = {n: v for n, v in locals().items() if n not in ("self", "params", "model", "preset", "__class__")}
@@ -107,6 +110,7 @@ class NesterovLAMB(LayerwiseOptimizer):
         preset: str | None = None,
         kernels: str = "auto",
         state_dtype: str = "fp32",
+        overwrite_grads: bool = False,
         model: nn.Module | None = None,
     ):
         options = {n: v for n, v in locals().items() if n not in ("self", "params", "model", "preset", "__class__")}

@@ -43,6 +43,7 @@ class LARS(LayerwiseOptimizer):
         preset: "paper", "mlperf", "apex", "timm" or "author": fills in the options not given; see largebatch.presets.
         kernels: "auto", "reference", "cpp" (CPU), "triton" or "apex" (CUDA); see largebatch.kernels.dispatch.
         state_dtype: "fp32", or "bf16" for state of half the size with stochastic rounding.
+        overwrite_grads: let step() leave its intermediate results in the gradients; LAMB gains from it, LARS does not.
         model: the module that the parameters are of, for names and module types.
 
     Raises:
@@ -80,6 +81,7 @@ class LARS(LayerwiseOptimizer):
         preset: str | None = None,
         kernels: str = "auto",
         state_dtype: str = "fp32",
+        overwrite_grads: bool = False,
         model: nn.Module | None = None,
     ):
         options = {n: v for n, v in locals().items() if n not in ("self", "params", "model", "preset", "__class__")}

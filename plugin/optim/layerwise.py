@@ -88,6 +88,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         self.max_grad_norm = global_options.max_grad_norm
         self.kernels = global_options.kernels
         self.state_dtype = global_options.state_dtype
+        self.overwrite_grads = global_options.overwrite_grads
         self._table = LayerTable(
             model, global_options.exclude_from_adaptation, global_options.exclude_from_weight_decay
         )
@@ -214,6 +215,9 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
             if key not in calls:
                 kernels = dispatch.choose(tensor.device.type, self.kernels)
                 calls[key] = Call(Segments(rule, tensor.device, dtype), process_group, kernels)
+                # an engine's gradient buffers are its own and die with the step
+                is_engines = all(t in self._table.partitions for t in group["params"])
+                calls[key].segments.may_overwrite_grads = self.overwrite_grads or is_engines
             calls[key].add(position, tensor, state, layer_map, policies, options)
         return list(calls.values())
 
@@ -394,6 +398,6 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
                     self.state[tensor][name] = value.to(tensor.device, dtype, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("max_grad_norm", "kernels", "state_dtype", "_table", "_is_armed", "_configured")
+        own = ("max_grad_norm", "kernels", "state_dtype", "overwrite_grads", "_table", "_is_armed", "_configured")
         own += ("_num_skipped", "_num_skipped_layers")
         return super().__getstate__() | {name: getattr(self, name) for name in own} | {"_stats": {}, "_plans": {}}

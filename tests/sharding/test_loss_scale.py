@@ -89,30 +89,34 @@ def test_static_and_growing_scales_are_exact(rank_pool, stage, fp16):
         assert scales[-1] >= 16 * 2**4
 
 
+@pytest.mark.parametrize("num_groups", [1, 2])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_nan_without_a_loss_scale_changes_nothing(rank_pool, stage, dtype):
-    """fp32 and bf16 have no overflow check by default: the optimizer's own sums notice, on every rank."""
-    results = rank_pool.run(2, nan_step, stage, dtype)
-    for before, after, skipped in results:
-        assert skipped == 1
-        for (_, _, a), (_, _, b) in zip(before, after, strict=True):
-            assert torch.equal(a, b)
+def test_a_nan_without_a_loss_scale_stops_its_layer_on_every_rank(rank_pool, stage, dtype, num_groups):
+    """fp32 and bf16 have no overflow check by default: the optimizer's own sums notice; other layers step as if alone."""
+    results = rank_pool.run(2, nan_step, stage, dtype, num_groups)
+    before, after, without_nan = (engine_runs.assemble([result[i] for result in results]) for i in range(3))
+    for layer, (old, new, expected) in enumerate(zip(before, after, without_nan, strict=True)):
+        assert torch.equal(new, old if layer == 0 else expected)
+    assert [result[3] for result in results] == [1, 1]
 
 
-def nan_step(stage, dtype):
+def nan_step(stage, dtype, num_groups):
+    """Masters before and after a step with a NaN in the gradient of layer 0 of one rank, and after one without."""
     import torch.distributed as dist
 
-    with engine_runs.engine_for(engine_runs.ds_config("LAMB", stage, dtype), num_steps=5) as engine:
-        engine_runs.take_step(engine, 0)
-        before = engine_runs.master_pieces(engine)
-        gradients = engine_runs.gradients_of(1)
-        if dist.get_rank() == 1:
-            gradients[0][3, 3] = float("nan")
-        engine.backward(engine(gradients))
-        engine.step()
-        return (
-            before,
-            engine_runs.master_pieces(engine),
-            max(engine.basic_optimizer.num_skipped_steps, engine.skipped_steps),
-        )
+    pieces = []
+    for poison in (True, False):
+        config = engine_runs.ds_config("LAMB", stage, dtype)
+        with engine_runs.engine_for(config, num_steps=5, num_groups=num_groups) as engine:
+            engine_runs.take_step(engine, 0)
+            before = engine_runs.master_pieces(engine)
+            gradients = engine_runs.gradients_of(1)
+            if dist.get_rank() == 1 and poison:
+                gradients[0][3, 3] = float("nan")
+            engine.backward(engine(gradients))
+            engine.step()
+            pieces.append(engine_runs.master_pieces(engine))
+            if poison:
+                num_skipped = engine.basic_optimizer.num_skipped_layers
+    return before, *pieces, num_skipped

@@ -142,14 +142,15 @@ class Plan {
   Plan(std::vector<at::Tensor> weights, std::vector<std::vector<at::Tensor>> states, std::vector<at::Tensor> steps,
        const std::vector<std::array<int64_t, 5>>& spans, std::vector<double> weight_decays,
        std::vector<double> decoupled_weight_decays, std::vector<bool> are_adapted, std::vector<uint32_t> seeds,
-       const py::dict& rule)
+       const py::dict& rule, bool may_overwrite_grads)
       : weights_(std::move(weights)),
         states_(std::move(states)),
         steps_(std::move(steps)),
         weight_decays_(std::move(weight_decays)),
         decoupled_weight_decays_(std::move(decoupled_weight_decays)),
         are_adapted_(std::move(are_adapted)),
-        seeds_(std::move(seeds)) {
+        seeds_(std::move(seeds)),
+        may_overwrite_grads_(may_overwrite_grads) {
     read(rule);
     for (const auto& weight : weights_) {
       dtypes_.push_back(weight.scalar_type());
@@ -326,6 +327,10 @@ class Plan {
       }
       layer.scalars = common;
       layer.scalars.weight_decay = weight_decays_[rows_[l]];
+      // not through a copy of the gradient, which would not be there in the second pass of a step in two calls
+      layer.keeps_direction = may_overwrite_grads_ && rule_.algorithm >= Algorithm::lamb &&
+                              layer.grad_dtype == (is_fp64_ ? Dtype::fp64 : Dtype::fp32) &&
+                              layer.state_dtype != Dtype::bf16 && grads_[t].is_same(grads[t]);
       layer.rounding_key = rounding_key(seeds_[rows_[l]], step);
     }
   }
@@ -450,6 +455,7 @@ class Plan {
   std::vector<double> weight_decays_, decoupled_weight_decays_;
   std::vector<bool> are_adapted_;
   std::vector<uint32_t> seeds_;
+  bool may_overwrite_grads_;
   Rule rule_{};
   bool is_fp64_ = false;
   int64_t total_numel_ = 0;
@@ -515,7 +521,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   py::class_<Plan>(module, "Plan")
       .def(py::init<std::vector<at::Tensor>, std::vector<std::vector<at::Tensor>>, std::vector<at::Tensor>,
                     const std::vector<std::array<int64_t, 5>>&, std::vector<double>, std::vector<double>,
-                    std::vector<bool>, std::vector<uint32_t>, const py::dict&>())
+                    std::vector<bool>, std::vector<uint32_t>, const py::dict&, bool>())
       .def("is_current", &Plan::is_current)
       .def("is_flat", &Plan::is_flat)
       .def("accumulate", &Plan::accumulate)

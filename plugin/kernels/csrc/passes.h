@@ -39,6 +39,7 @@ struct Layer {
   int64_t numel;
   int64_t layer_start;    // of the first element in the flattened layer
   uint32_t rounding_key;  // of layer and step
+  bool keeps_direction;   // the first pass leaves the direction in the gradient, where the second finds it
   Scalars scalars;
 };
 

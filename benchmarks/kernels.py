@@ -1,0 +1,283 @@
+"""What a step costs beside other optimizers: ratios in one interleaved run, after the kernels' tests have passed.
+
+    python benchmarks/kernels.py [--device cuda] [--shapes resnet50,bert-large] [--rounds 25] [--report FILE.md]
+
+Writes a dated report (and a plot beside it, where matplotlib is installed) under benchmarks/reports/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import pathlib
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+
+import torch
+from harness import copy_bandwidth, interleaved, preamble
+from shapes import SHAPES, Shape, numel
+
+import largebatch
+from largebatch.kernels import dispatch
+from largebatch.layer_map.partition import Partition
+from largebatch.layer_map.segment import slice_of_concatenation
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+# bytes an element that a step must move: weight, gradient, state read; weight, state written. In fp32.
+ADAM_BYTES, SGD_BYTES = 28, 20
+GPU_LAMB_BYTES = 40
+"""Two passes without a cache between them: 24 for the moments and the sums, 16 for the weights."""
+
+
+def parameters(shapes: list[Shape], device: str) -> list[torch.nn.Parameter]:
+    generator = torch.Generator(device).manual_seed(0)
+    made = [torch.nn.Parameter(torch.randn(s, device=device, generator=generator) * 0.05) for s in shapes]
+    for parameter in made:
+        parameter.grad = torch.randn(parameter.shape, device=device, generator=generator) * 1e-3
+    return made
+
+
+def flattened(optimizer_class: type, shapes: list[Shape], device: str, **options):
+    """The optimizer as an engine leaves it: one flat tensor in the place of all parameters."""
+    layers = parameters(shapes, device)
+    optimizer = optimizer_class(layers, **options)
+    flat = torch.nn.Parameter(torch.cat([p.detach().reshape(-1) for p in layers]))
+    flat.grad = torch.cat([p.grad.reshape(-1) for p in layers])
+    numels = [p.numel() for p in layers]
+    offsets = list(itertools.accumulate(numels[:-1], initial=0))
+    layer_map = slice_of_concatenation(numels, offsets, flat.numel(), 0)
+    optimizer.param_groups[0]["params"] = [flat]
+    optimizer.attach({flat: Partition(layer_map, tuple(layers), None)})
+    return optimizer
+
+
+def peers(device: str) -> tuple[dict[str, Callable], list[str]]:
+    """name -> optimizer of parameters; and what could not be had, with the reason."""
+    fused, absent = {"fused": True}, []
+    found: dict[str, Callable] = {
+        "torch AdamW (fused)": lambda p: torch.optim.AdamW(p, lr=1e-4, weight_decay=0.01, **fused),
+        "torch SGD (fused)": lambda p: torch.optim.SGD(p, lr=1e-4, momentum=0.9, weight_decay=1e-4, **fused),
+        "torch AdamW (foreach)": lambda p: torch.optim.AdamW(p, lr=1e-4, weight_decay=0.01, foreach=True),
+        "torch SGD (foreach)": lambda p: torch.optim.SGD(p, lr=1e-4, momentum=0.9, weight_decay=1e-4, foreach=True),
+    }
+
+    def add(name: str, make: Callable[[], Callable]) -> None:
+        try:
+            constructor = make()
+            probe = parameters([(64,)], device)
+            constructor(probe).step()
+            found[name] = constructor
+        except Exception as error:  # a peer may fail in any way of its own
+            absent.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160])
+
+    def timm_lamb():
+        from timm.optim import Lamb
+
+        return lambda p: Lamb(p, lr=1e-4, weight_decay=0.01)
+
+    def timm_lars():
+        from timm.optim import Lars
+
+        return lambda p: Lars(p, lr=1e-4, momentum=0.9, weight_decay=1e-4)
+
+    def torch_optimizer_lamb():
+        from torch_optimizer import Lamb
+
+        return lambda p: Lamb(p, lr=1e-4, weight_decay=0.01)
+
+    def pytorch_optimizer_lamb():
+        from pytorch_optimizer import Lamb
+
+        return lambda p: Lamb(p, lr=1e-4, weight_decay=0.01)
+
+    def pytorch_optimizer_lars():
+        from pytorch_optimizer import LARS
+
+        return lambda p: LARS(p, lr=1e-4, momentum=0.9, weight_decay=1e-4)
+
+    def deepspeed_cpu_adam():
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return lambda p: DeepSpeedCPUAdam(p, lr=1e-4, weight_decay=0.01)
+
+    def apex_lamb():
+        from apex.optimizers import FusedLAMB
+
+        return lambda p: FusedLAMB(p, lr=1e-4, weight_decay=0.01, max_grad_norm=1e9)
+
+    def deepspeed_lamb():
+        from deepspeed.ops.lamb import FusedLamb
+
+        return lambda p: FusedLamb(p, lr=1e-4, weight_decay=0.01)
+
+    add("timm Lamb", timm_lamb)
+    add("timm Lars", timm_lars)
+    add("torch_optimizer Lamb", torch_optimizer_lamb)
+    add("pytorch_optimizer Lamb", pytorch_optimizer_lamb)
+    add("pytorch_optimizer LARS", pytorch_optimizer_lars)
+    if device == "cpu":
+        add("DeepSpeedCPUAdam", deepspeed_cpu_adam)
+    else:
+        add("apex FusedLAMB", apex_lamb)
+        add("DeepSpeed FusedLamb", deepspeed_lamb)
+    return found, absent
+
+
+def ours(device: str) -> dict[str, Callable]:
+    lamb = {"lr": 1e-4, "weight_decay": 0.01}
+    lars = {"lr": 1e-4, "weight_decay": 1e-4}
+    return {
+        "LAMB": lambda p: largebatch.LAMB(p, **lamb),
+        "LARS": lambda p: largebatch.LARS(p, **lars),
+        "LAMB, bf16 state": lambda p: largebatch.LAMB(p, state_dtype="bf16", **lamb),
+    }
+
+
+def time_shapes(
+    name: str, shapes: list[Shape], device: str, num_rounds: int, bandwidth: float
+) -> tuple[list[str], dict]:
+    """One table: every optimizer on these shapes."""
+    is_large = numel(shapes) > 100e6
+    contestants, absent = peers(device)
+    if is_large:  # memory: the slow ones are left out, and all share weights and gradients
+        contestants = {n: c for n, c in contestants.items() if "fused" in n or "Fused" in n or n.startswith("timm")}
+    contestants = ours(device) | contestants
+    shared = parameters(shapes, device) if is_large else None
+    steps = {n: make(shared or parameters(shapes, device)).step for n, make in contestants.items()}
+    if not is_large:
+        steps["LAMB, flat partition"] = flattened(largebatch.LAMB, shapes, device, lr=1e-4, weight_decay=0.01).step
+        steps["LARS, flat partition"] = flattened(largebatch.LARS, shapes, device, lr=1e-4, weight_decay=1e-4).step
+    timings = interleaved(steps, num_rounds=num_rounds, device=device)
+    adam, sgd = timings["torch AdamW (fused)"].median, timings["torch SGD (fused)"].median
+    lines = [
+        f"## {name}: {numel(shapes):,} parameters in {len(shapes):,} tensors",
+        "",
+        "| optimizer | median ms | p20 | p80 | / AdamW fused | / SGD fused | share of copy bandwidth |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for contestant, timing in sorted(timings.items(), key=lambda item: item[1].median):
+        is_momentum = any(word in contestant for word in ("SGD", "LARS", "Lars"))
+        moved = SGD_BYTES if is_momentum else ADAM_BYTES
+        if device == "cuda" and "LAMB" in contestant.upper():
+            moved = GPU_LAMB_BYTES
+        share = moved * numel(shapes) / timing.median / bandwidth
+        lines.append(
+            f"| {contestant} | {timing.median * 1e3:.2f} | {timing.percentile(0.2) * 1e3:.2f} | "
+            f"{timing.percentile(0.8) * 1e3:.2f} | {timing.median / adam:.2f} | {timing.median / sgd:.2f} | "
+            f"{'' if 'bf16' in contestant else f'{share:.0%}'} |"
+        )
+    lines += [""] + [f"Not there: {reason}" for reason in absent] + [""]
+    return lines, {n: t.median for n, t in timings.items()}
+
+
+def time_growth(device: str, num_rounds: int, largest: float) -> list[str]:
+    """Nanoseconds a parameter as the work grows, and the host's part of a step."""
+    lines = [
+        "## As the work grows",
+        "",
+        "| parameters (tensors of 1M) | LAMB ns each | LARS ns each |",
+        "|---|---|---|",
+    ]
+    for count in (1, 3, 10, 30, 100, 300):
+        if count * 1e6 > largest:
+            continue
+        made = parameters([(1000, 1000)] * count, device)
+        cells = []
+        for optimizer in (largebatch.LAMB(made, lr=1e-4, weight_decay=0.01), largebatch.LARS(made, lr=1e-4)):
+            timing = interleaved({"step": optimizer.step}, num_rounds=max(7, num_rounds // 2), device=device)["step"]
+            cells.append(f"{timing.median / (count * 1e6) * 1e9:.3f}")
+            optimizer.state.clear()
+        lines.append(f"| {count}M | {' | '.join(cells)} |")
+    overheads = {}
+    for name, make in (ours(device) | {"torch AdamW (fused)": peers(device)[0]["torch AdamW (fused)"]}).items():
+        step = make(parameters([(16,)] * 161, device)).step
+        timing = interleaved({"step": step}, num_rounds=200, num_warm_up=20, device=device)["step"]
+        overheads[name] = f"{name} {timing.median * 1e6:.0f} us"
+    lines += ["", f"A whole step of 161 tensors of 16 elements (host overhead): {', '.join(overheads.values())}.", ""]
+    one = numel(SHAPES["tiny"]())
+    many = parameters(SHAPES["tiny"](), device)
+    single = parameters([(one,)], device)
+    for name, make in (("LAMB", largebatch.LAMB), ("LARS", largebatch.LARS)):
+        steps = {"many": make(many, lr=1e-4).step, "one": make(single, lr=1e-4).step}
+        timings = interleaved(steps, num_rounds=num_rounds, device=device)
+        ratio = timings["many"].median / timings["one"].median
+        lines.append(
+            f"- {name}, 10,000 tiny tensors: {timings['many'].median * 1e3:.2f} ms; one tensor of the same {one:,} "
+            f"elements: {timings['one'].median * 1e3:.2f} ms; ratio {ratio:.2f}"
+        )
+    return [*lines, ""]
+
+
+def plot(medians: dict[str, dict[str, float]], path: pathlib.Path) -> None:
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print('no plot: matplotlib is not installed (pip install "largebatch[plots]")')
+        return
+    figure, axes = plt.subplots(1, len(medians), figsize=(5 * len(medians), 5), squeeze=False)
+    for ax, (name, values) in zip(axes[0], medians.items(), strict=True):
+        adam = values["torch AdamW (fused)"]
+        items = sorted(values.items(), key=lambda item: -item[1])
+        own = {"LAMB", "LARS"}
+        colours = ["tab:red" if n.split(",")[0] in own else "tab:grey" for n, _ in items]
+        ax.barh([n for n, _ in items], [v / adam for _, v in items], color=colours)
+        ax.axvline(1.0, color="black", linewidth=0.8)
+        ax.set_xscale("log")
+        ax.set_title(name)
+        ax.set_xlabel("time of a step / torch AdamW (fused)")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--shapes", default="lenet,davidnet,resnet50,alexnet,bert-large,tiny")
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--largest", type=float, default=300e6, help="parameters of the largest growth case")
+    parser.add_argument("--report", type=pathlib.Path)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    device = arguments.device
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "kernels")]
+    if subprocess.run(tests + (["-k", "not triton"] if device == "cpu" else []), cwd=ROOT).returncode:
+        print("the kernels' tests fail; nothing was timed")
+        return 1
+    name = f"kernels_{device}_{datetime.date.today()}.md"
+    path = arguments.report or ROOT / "benchmarks" / "reports" / name
+    bandwidth = copy_bandwidth(device)
+    lines = preamble("What a step costs", device, " ".join(["python", "benchmarks/kernels.py", *sys.argv[1:]]))
+    backend = dispatch.choose(device, "auto")
+    lines += [
+        f"Kernels: {backend.name}"
+        + (f" ({backend.module.instruction_sets()[0]})" if backend.name == "cpp" else "")
+        + f". A copy moves {bandwidth / 1e9:.0f} GB/s (read and written). fp32. All optimizers once a round, "
+        f"{arguments.rounds} rounds. Share of copy bandwidth: {ADAM_BYTES} bytes a parameter for Adam and LAMB"
+        + (f" ({GPU_LAMB_BYTES} for LAMB here)" if device == "cuda" else "")
+        + f", {SGD_BYTES} for SGD and LARS, over the time and the copy's bandwidth.",
+        "",
+    ]
+    medians = {}
+    for shapes_name in arguments.shapes.split(","):
+        table, medians[shapes_name] = time_shapes(
+            shapes_name, SHAPES[shapes_name](), device, arguments.rounds, bandwidth
+        )
+        print("\n".join(table), flush=True)
+        lines += table
+    growth = time_growth(device, arguments.rounds, arguments.largest)
+    print("\n".join(growth))
+    path.write_text("\n".join([*lines, *growth]).rstrip() + "\n")
+    plot({n: m for n, m in medians.items() if n in ("resnet50", "bert-large")} or medians, path.with_suffix(".png"))
+    print(f"written to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
