@@ -80,6 +80,8 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
     checkpoint_names: ClassVar[Mapping[str, str]] = {}
     """State name -> name in the checkpoints of a sharded engine, whose converters know Adam's names only."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]]
+    _step_supports_amp_scaling = True
+    """torch.amp.GradScaler leaves the unscaling to step(), which does it where it reads the gradients anyway."""
 
     def __init__(self, params, options: dict[str, Any], model: nn.Module | None):
         options = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}

@@ -112,6 +112,42 @@ def test_grad_scaler_skips_an_overflow_and_unscales_the_rest(optimizer_class, lr
     assert torch.equal(weights[0], weights[1])
 
 
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+@each_algorithm
+def test_grad_scaler_scales_as_if_it_were_not_there(optimizer_class, lr, max_grad_norm):
+    """Unscaling inside the step, with and without a clip; an overflow in one parameter drops the step of all."""
+    weights = [[torch.nn.Parameter(torch.tensor(v)) for v in ([1.0, -2.0], [0.5, 3.0])] for _ in range(2)]
+    plain, scaled = (optimizer_class(w, lr=lr, max_grad_norm=max_grad_norm) for w in weights)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for factor in (1.0, float("inf"), 3.0):
+        scaled.zero_grad()
+        loss = (weights[1][0] * torch.tensor([0.5, 1.5]) * factor).sum() + (weights[1][1] * 0.25).sum()
+        scaler.scale(loss).backward()
+        scaler.step(scaled)
+        scaler.update()
+        if factor != float("inf"):
+            weights[0][0].grad, weights[0][1].grad = torch.tensor([0.5, 1.5]) * factor, torch.full((2,), 0.25)
+            plain.step()
+    assert_same_bits(*weights)
+    assert scaled.num_skipped_steps == 1 and scaled.num_skipped_layers == 0
+
+
+@pytest.mark.parametrize("optimizer_class, lr", ALGORITHMS, ids=lambda v: getattr(v, "__name__", None))
+def test_gradients_are_left_alone_unless_they_may_be_overwritten(optimizer_class, lr):
+    results = []
+    for overwrite_grads in (False, True):
+        parameters = as_parameters(random_layers())
+        optimizer = optimizer_class(parameters, lr=lr, weight_decay=0.01, overwrite_grads=overwrite_grads)
+        steps(optimizer, parameters, 3)
+        results.append(bits(parameters))
+        is_same = all(
+            torch.equal(p.grad, torch.tensor(g, dtype=torch.float32))
+            for p, g in zip(parameters, random_gradients(3, 1)[-1], strict=True)
+        )
+        assert is_same or overwrite_grads
+    assert_same_bits(*results)
+
+
 @each_dtype
 @each_algorithm
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])

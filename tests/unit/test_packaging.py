@@ -2,8 +2,10 @@
 
 import configparser
 import pathlib
+import shutil
 import subprocess
 import sys
+import zipfile
 
 import pytest
 
@@ -37,6 +39,28 @@ def test_every_folder_with_python_files_is_a_package():
     for top in ("plugin", "models", "launch", "ds_configs"):
         for path in (ROOT / top).rglob("*.py"):
             assert (path.parent / "__init__.py").exists(), path
+
+
+def test_a_wheel_holds_everything_that_is_needed_at_run_time(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        ".",
+    ]
+    subprocess.run(command, cwd=ROOT, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    held = set(zipfile.ZipFile(wheel).namelist())
+    for folder, package in (("plugin", "largebatch"), ("ds_configs", "largebatch/ds_configs")):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".json", ".cpp", ".h", ".inc", ".typed"):
+                assert f"{package}/{path.relative_to(ROOT / folder)}" in held
 
 
 def test_version(setup_cfg):
