@@ -89,34 +89,59 @@ def test_static_and_growing_scales_are_exact(rank_pool, stage, fp16):
         assert scales[-1] >= 16 * 2**4
 
 
-@pytest.mark.parametrize("num_groups", [1, 2])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_nan_without_a_loss_scale_stops_its_layer_on_every_rank(rank_pool, stage, dtype, num_groups):
-    """fp32 and bf16 have no overflow check by default: the optimizer's own sums notice; other layers step as if alone."""
-    results = rank_pool.run(2, nan_step, stage, dtype, num_groups)
-    before, after, without_nan = (engine_runs.assemble([result[i] for result in results]) for i in range(3))
-    for layer, (old, new, expected) in enumerate(zip(before, after, without_nan, strict=True)):
-        assert torch.equal(new, old if layer == 0 else expected)
-    assert [result[3] for result in results] == [1, 1]
+def test_a_nan_without_a_loss_scale_changes_nothing(rank_pool, stage, dtype):
+    """ZeRO looks for NaN in fp32 and bf16, too, and drops the whole step on every rank."""
+    results = rank_pool.run(2, nan_step, stage, dtype)
+    for before, after, skipped in results:
+        assert skipped == 1
+        for (_, _, a), (_, _, b) in zip(before, after, strict=True):
+            assert torch.equal(a, b)
 
 
-def nan_step(stage, dtype, num_groups):
-    """Masters before and after a step with a NaN in the gradient of layer 0 of one rank, and after one without."""
+def nan_step(stage, dtype):
     import torch.distributed as dist
 
+    with engine_runs.engine_for(engine_runs.ds_config("LAMB", stage, dtype), num_steps=5) as engine:
+        engine_runs.take_step(engine, 0)
+        before = engine_runs.master_pieces(engine)
+        gradients = engine_runs.gradients_of(1)
+        if dist.get_rank() == 1:
+            gradients[0][3, 3] = float("nan")
+        engine.backward(engine(gradients))
+        engine.step()
+        return before, engine_runs.master_pieces(engine), engine.skipped_steps
+
+
+@pytest.mark.parametrize("algorithm", ["LARS", "LAMB"])
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_nan_that_zero_has_not_seen_stops_its_layer_on_every_rank(rank_pool, stage, algorithm):
+    """Straight to the optimizer: weights of the poisoned layer stay on both ranks, other layers step as if alone."""
+    results = rank_pool.run(2, steps_behind_the_engine, stage, algorithm)
+    before, after, without_nan = (engine_runs.assemble([result[i] for result in results]) for i in range(3))
+    assert [result[3] for result in results] == [1, 1]
+    for layer, (old, new, expected) in enumerate(zip(before, after, without_nan, strict=True)):
+        assert torch.equal(new, old if layer == 0 else expected) and not torch.equal(old, expected)
+
+
+def steps_behind_the_engine(stage, algorithm):
+    """Masters before and after a step with a NaN in one element of layer 0, and after one without."""
     pieces = []
     for poison in (True, False):
-        config = engine_runs.ds_config("LAMB", stage, dtype)
-        with engine_runs.engine_for(config, num_steps=5, num_groups=num_groups) as engine:
+        with engine_runs.engine_for(engine_runs.ds_config(algorithm, stage), num_steps=5) as engine:
             engine_runs.take_step(engine, 0)
+            optimizer = engine.basic_optimizer
             before = engine_runs.master_pieces(engine)
-            gradients = engine_runs.gradients_of(1)
-            if dist.get_rank() == 1 and poison:
-                gradients[0][3, 3] = float("nan")
-            engine.backward(engine(gradients))
-            engine.step()
+            for flat, partition in optimizer._table.partitions.items():
+                flat.grad = torch.zeros_like(flat)
+                for s in partition.layer_map.segments:
+                    flat.grad[s.start : s.stop] = torch.arange(s.layer_start, s.layer_start + s.numel).cos()
+                    if s.layer == 0 and s.layer_start == 0 and poison:
+                        flat.grad[s.start + 5] = float("nan")
+            optimizer.param_groups[0]["params"] = list(optimizer._table.partitions)
+            optimizer.step()
             pieces.append(engine_runs.master_pieces(engine))
             if poison:
-                num_skipped = engine.basic_optimizer.num_skipped_layers
+                num_skipped = optimizer.num_skipped_layers
     return before, *pieces, num_skipped
