@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from operator import is_
+from itertools import chain, repeat
+from operator import attrgetter, is_
 from typing import Any
 
 from torch import Tensor
 
 from largebatch.config import LEARNING_RATE
 from largebatch.optim.calls import Call
+
+GRAD = attrgetter("grad")
 
 
 def are_same(first: list[Any], second: list[Any]) -> bool:
@@ -31,12 +34,12 @@ class GroupPlan:
     option_names: tuple[str, ...]
     """All options but lr."""
     option_values: list[Any]
-    has_grad: list[bool]
+    lacks_grad: list[bool]
+    all_states: list[dict[str, Any]]
+    """The values of the optimizer's state, other groups' included."""
     states: list[dict[str, Any]]
-    """Of ``tensors``."""
+    """Those of the tensors with a gradient."""
     state_tensors: list[Any]
-    tensors: list[Tensor]
-    """Those with a gradient."""
     calls: list[Call]
 
     def renew(self, optimizer_state: Mapping[Tensor, dict[str, Any]]) -> bool:
@@ -46,21 +49,23 @@ class GroupPlan:
             return False
         if [group[name] for name in self.option_names] != self.option_values:
             return False
-        grads = [parameter.grad for parameter in self.params]
-        if [grad is not None for grad in grads] != self.has_grad:
+        grads = list(map(GRAD, self.params))
+        if list(map(is_, grads, repeat(None))) != self.lacks_grad:
             return False
         if not all(call.kernels.is_current(call.segments) for call in self.calls):
             return False
-        get = optimizer_state.get
-        if not are_same([get(t) for t in self.tensors], self.states):
+        # the order of a dict is that of insertion, so equal values are those of the same tensors
+        if not are_same(list(optimizer_state.values()), self.all_states):
             return False
-        if not are_same([value for state in self.states for value in state.values()], self.state_tensors):
+        if not are_same(list(chain.from_iterable(map(dict.values, self.states))), self.state_tensors):
             return False
         lr = group["lr"]
         LEARNING_RATE("lr", lr)
         for call in self.calls:
             call.segments.lr = lr
-            call.segments.grads = [grads[i] for i in call.positions]
+            # most often one call has all the tensors
+            takes_all = len(call.positions) == len(grads)
+            call.segments.grads = grads if takes_all else [grads[i] for i in call.positions]
         return True
 
 
@@ -73,16 +78,15 @@ def plan_group(
     """Sorts a param group into calls."""
     calls = make_calls(group)
     params = list(group["params"])
-    tensors = [parameter for parameter in params if parameter.grad is not None]
-    states = [optimizer_state[t] for t in tensors]
+    states = [optimizer_state[parameter] for parameter in params if parameter.grad is not None]
     return GroupPlan(
         group,
         params,
         option_names,
         [group[name] for name in option_names],
-        [parameter.grad is not None for parameter in params],
+        [parameter.grad is None for parameter in params],
+        list(optimizer_state.values()),
         states,
-        [value for state in states for value in state.values()],
-        tensors,
+        list(chain.from_iterable(map(dict.values, states))),
         calls,
     )
