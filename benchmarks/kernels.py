@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from harness import copy_bandwidth, interleaved, preamble
+from harness import Timing, copy_bandwidth, interleaved, preamble
 from shapes import SHAPES, Shape, numel
 
 import largebatch
@@ -133,8 +133,26 @@ def ours(device: str) -> dict[str, Callable]:
     return {
         "LAMB": lambda p: largebatch.LAMB(p, **lamb),
         "LARS": lambda p: largebatch.LARS(p, **lars),
+        "LAMB, overwrite_grads": lambda p: largebatch.LAMB(p, overwrite_grads=True, **lamb),
         "LAMB, bf16 state": lambda p: largebatch.LAMB(p, state_dtype="bf16", **lamb),
     }
+
+
+READS_ADAM, READS_SGD = "(reading what Adam reads, once)", "(reading what SGD reads, once)"
+
+
+def floors(shapes: list[Shape], device: str) -> dict[str, Callable]:
+    """What no step can do without: weights, gradients and state read once, by our own sums of squares."""
+    kernels = dispatch.choose(device, "auto")
+    tensors = [torch.ones(s, device=device) for s in shapes for _ in range(4)]
+    fewer = [t for i, t in enumerate(tensors) if i % 4 < 3]
+    return {READS_ADAM: lambda: kernels.square_sums(tensors), READS_SGD: lambda: kernels.square_sums(fewer)}
+
+
+def row(name: str, timing: Timing, adam: float, sgd: float, share: str) -> str:
+    low, high = timing.percentile(0.2) * 1e3, timing.percentile(0.8) * 1e3
+    ratios = f"{timing.median / adam:.2f} | {timing.median / sgd:.2f}"
+    return f"| {name} | {timing.median * 1e3:.2f} | {low:.2f} | {high:.2f} | {ratios} | {share} |"
 
 
 def time_shapes(
@@ -151,6 +169,7 @@ def time_shapes(
     if not is_large:
         steps["LAMB, flat partition"] = flattened(largebatch.LAMB, shapes, device, lr=1e-4, weight_decay=0.01).step
         steps["LARS, flat partition"] = flattened(largebatch.LARS, shapes, device, lr=1e-4, weight_decay=1e-4).step
+        steps |= floors(shapes, device)
     timings = interleaved(steps, num_rounds=num_rounds, device=device)
     adam, sgd = timings["torch AdamW (fused)"].median, timings["torch SGD (fused)"].median
     lines = [
@@ -160,16 +179,16 @@ def time_shapes(
         "|---|---|---|---|---|---|---|",
     ]
     for contestant, timing in sorted(timings.items(), key=lambda item: item[1].median):
+        if contestant.startswith("("):
+            share = (16 if contestant == READS_ADAM else 12) * numel(shapes) / timing.median / bandwidth
+            lines.append(row(contestant, timing, adam, sgd, f"{share:.0%}"))
+            continue
         is_momentum = any(word in contestant for word in ("SGD", "LARS", "Lars"))
         moved = SGD_BYTES if is_momentum else ADAM_BYTES
         if device == "cuda" and "LAMB" in contestant.upper():
             moved = GPU_LAMB_BYTES
         share = moved * numel(shapes) / timing.median / bandwidth
-        lines.append(
-            f"| {contestant} | {timing.median * 1e3:.2f} | {timing.percentile(0.2) * 1e3:.2f} | "
-            f"{timing.percentile(0.8) * 1e3:.2f} | {timing.median / adam:.2f} | {timing.median / sgd:.2f} | "
-            f"{'' if 'bf16' in contestant else f'{share:.0%}'} |"
-        )
+        lines.append(row(contestant, timing, adam, sgd, "" if "bf16" in contestant else f"{share:.0%}"))
     lines += [""] + [f"Not there: {reason}" for reason in absent] + [""]
     return lines, {n: t.median for n, t in timings.items()}
 
@@ -236,6 +255,12 @@ def plot(medians: dict[str, dict[str, float]], path: pathlib.Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def command() -> str:
+    """How to call this again; where the report went does not matter."""
+    arguments = [a for i, a in enumerate(sys.argv[1:], 1) if a != "--report" and sys.argv[i - 1] != "--report"]
+    return " ".join(["python", "benchmarks/kernels.py", *arguments])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -253,7 +278,7 @@ def main() -> int:
     name = f"kernels_{device}_{datetime.date.today()}.md"
     path = arguments.report or ROOT / "benchmarks" / "reports" / name
     bandwidth = copy_bandwidth(device)
-    lines = preamble("What a step costs", device, " ".join(["python", "benchmarks/kernels.py", *sys.argv[1:]]))
+    lines = preamble("What a step costs", device, command())
     backend = dispatch.choose(device, "auto")
     lines += [
         f"Kernels: {backend.name}"
