@@ -16,7 +16,6 @@ from largebatch.kernels.interface import LayerFigures, Segments
 from largebatch.kernels.reference import ReferenceKernels
 from largebatch.rules.lamb import LAMB
 
-CHUNK_SIZE = 2048 * 32
 DECOUPLED_FROM_MOMENTS = 1
 """apex's ``adam_w_mode``: weight decay goes into the update, not into the moments."""
 

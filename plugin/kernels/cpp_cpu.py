@@ -12,12 +12,8 @@ import torch
 from torch import Tensor
 
 from largebatch.kernels.build import cpu_kernels
-from largebatch.kernels.interface import LayerFigures, Segments
-from largebatch.rules.lamb import LAMB, NLAMB, NNLAMB
-from largebatch.rules.lars import LARS2017, LARS2019
+from largebatch.kernels.interface import ALGORITHMS, LayerFigures, Segments
 from largebatch.rules.rule import Rule
-
-ALGORITHMS: dict[type, int] = {LARS2017: 0, LARS2019: 1, LAMB: 2, NLAMB: 3, NNLAMB: 4}
 
 
 def rule_options(rule: Rule) -> dict[str, Any]:

@@ -16,13 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from largebatch.kernels.interface import LayerFigures, Segments
-from largebatch.rules.lamb import LAMB, NLAMB, NNLAMB
-from largebatch.rules.lars import LARS2017, LARS2019
+from largebatch.kernels.interface import ALGORITHMS, LayerFigures, Segments
 from largebatch.rules.rule import Rule
 
 LARS2017_, LARS2019_, LAMB_, NLAMB_, NNLAMB_ = (tl.constexpr(i) for i in range(5))
-ALGORITHMS: dict[type, int] = {LARS2017: 0, LARS2019: 1, LAMB: 2, NLAMB: 3, NNLAMB: 4}
 NO_CORRECTION, CORRECTION, CORRECTION_IN_LR = (tl.constexpr(i) for i in range(3))
 
 CHUNK_NUMEL = 8192

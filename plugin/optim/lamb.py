@@ -38,7 +38,7 @@ class LAMB(LayerwiseOptimizer):
         kernels: "auto", "reference", "cpp" (CPU), "triton" or "apex" (CUDA); see largebatch.kernels.dispatch.
         state_dtype: "fp32", or "bf16" for state of half the size with stochastic rounding.
         overwrite_grads: let step() leave its intermediate results in the gradients, which makes LAMB on CPUs faster by
-            a fifth; read gradients before the step then. Same numbers. Gradients of a sharded engine always are.
+            an eighth; read gradients before the step then. Same numbers. Gradients of a sharded engine always are.
         model: the module that the parameters are of, for names and module types.
 
     Raises:

@@ -108,7 +108,7 @@ def test_half_precision_parameters(backend, optimizer_class, options, dtype):
 
 def test_every_half_precision_number_survives_the_compiled_conversions():
     """All 65,536 bf16 and fp16 numbers as weights, moved by nothing: the bits come back."""
-    with using("cpp-portable"), using("cpp-portable") as kernels:
+    with using("cpp-portable") as kernels:
         for dtype in (torch.bfloat16, torch.float16):
             everything = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
             weight = torch.nn.Parameter(torch.where(torch.isfinite(everything), everything, 0.0))
