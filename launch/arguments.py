@@ -18,16 +18,25 @@ DATA_SETS = ("digits", "mnist")
 
 SECTION_DEFAULTS: dict[str, Any] = {
     "model": None,
+    "model_options": {},
     "data": None,
+    "data_options": {},
+    "augmentation": "none",
+    "mixup": 0.0,
+    "label_smoothing": 0.0,
+    "batch_norm": {},
     "epochs": None,
     "steps": None,
+    "stages": None,
+    "schedule_stretch": 1.0,
     "seed": 1,
     "lr_scaling": None,
-    "label_smoothing": 0.0,
     "evaluate_every_epochs": 1,
     "save_every_epochs": None,
     "layer_stats_every_steps": "auto",
     "source": None,
+    "expected": None,
+    "hardware": None,
 }
 """Keys of a ds_config's "largebatch" section, which only the trainer reads; DeepSpeed ignores it."""
 

@@ -1,10 +1,12 @@
-"""Runs an unmodified DeepSpeed script with largebatch registered.
+"""The ``largebatch`` command, and ``deepspeed --module largebatch``, which runs an unmodified DeepSpeed script.
 
 deepspeed --module largebatch your_script.py --deepspeed_config ds_config.json
+largebatch recipes | plan | study [arguments]
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import runpy
 import sys
@@ -12,22 +14,33 @@ import sys
 from largebatch.register import register
 
 USAGE = """usage: deepspeed [launcher options] --module largebatch SCRIPT.py [arguments of the script]
+       largebatch COMMAND [arguments]
 
-Registers the JSON types LARS, LAMB, NLAMB, NNLAMB with DeepSpeed and runs SCRIPT.py as it is."""
+Registers the JSON types LARS, LAMB, NLAMB, NNLAMB with DeepSpeed and runs SCRIPT.py as it is, or runs a command:
+"""
+
+COMMANDS = {
+    "recipes": ("largebatch.launch.recipes_command", "lists, filters and prints the recipes in ds_configs"),
+    "plan": ("largebatch.launch.plan_command", "micro-batch, memory, communication and time of a large batch; writes a ds_config"),
+    "study": ("largebatch.launch.study_command", "trains a grid of optimizers, batches and seeds; writes table and plots"),
+}
+"""Name -> (module with ``main(argv) -> exit code``, what it does). Imported only when named."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; argv without the program name."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in COMMANDS:
+        return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
     # the launcher puts --local_rank=N first; the script gets it as it would without us
     launcher_arguments = [a for a in argv[:1] if a.startswith("--local_rank")]
     rest = argv[len(launcher_arguments) :]
     if not rest or rest[0] in ("-h", "--help"):
-        print(USAGE)
+        print(USAGE + "\n".join(f"  {name:<8} {text}" for name, (_, text) in COMMANDS.items()))
         return 0 if rest else 2
     script = rest[0]
     if not os.path.isfile(script):
-        print(f"largebatch: error: {script!r} is not a file; expected the path of a Python script", file=sys.stderr)
+        print(f"largebatch: error: {script!r} is not a file; expected the path of a Python script, or one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     register()
     sys.argv = [script, *launcher_arguments, *rest[1:]]
