@@ -6,11 +6,13 @@ What is changed, and why there is no public door for it (DeepSpeed 0.19.8):
   ``step()``; set to a name that no JSON can have, so that "LAMB" in any spelling is ours.
 - ``zero.utils.ZERO_SUPPORTED_OPTIMIZERS``: our classes are added, so that ZeRO needs no "untested" flag for them;
   so is torch.optim.SGD, the papers' baseline: it is elementwise, and so exact however the parameters are cut.
-- ``DeepSpeedEngine._configure_basic_optimizer``: builds our classes from their names.
+- ``DeepSpeedEngine._configure_basic_optimizer``: builds our classes from their names, and for "Adagrad" one with torch's
+  numbers that keeps its param groups under ZeRO (see largebatch.baselines).
 - ``DeepSpeedEngine._do_optimizer_sanity_check``, ``_configure_optimizer``: before and after the engine wraps an
   optimizer of ours, however it was given; afterwards the layer map is attached.
 - ``DeepSpeedEngine.load_checkpoint``: afterwards the optimizer's options are those of the ds_config again.
-- ``_update_scale``, ``step`` and ``backward`` of single engines and wrappers under fp16: see largebatch.loss_scale.
+- ``_update_scale``, ``step`` and ``backward`` of single engines and wrappers under fp16: see largebatch.loss_scale; also
+  with torch.optim's SGD, Adam and AdamW, whose stray first step at stage 0 is undone, too.
 - ``lr_schedules``: our schedulers become attributes, where DeepSpeed looks their names up.
 """
 
@@ -25,7 +27,7 @@ from typing import Any
 
 import torch
 
-from largebatch import loss_scale
+from largebatch import baselines, loss_scale
 from largebatch.layer_map.zero import TESTED_DEEPSPEED, read_layout
 from largebatch.lr_schedulers import SCHEDULERS
 from largebatch.optim.lamb import LAMB, NLAMB, NNLAMB
@@ -74,7 +76,9 @@ def register() -> None:
         name for name in OPTIMIZERS if name not in modules["deepspeed.runtime.config"].DEEPSPEED_OPTIMIZERS
     )
     modules["deepspeed.runtime.engine"].LAMB_OPTIMIZER = UNREACHABLE_NAME
-    modules["deepspeed.runtime.zero.utils"].ZERO_SUPPORTED_OPTIMIZERS.extend((*OPTIMIZERS.values(), torch.optim.SGD))
+    modules["deepspeed.runtime.zero.utils"].ZERO_SUPPORTED_OPTIMIZERS.extend(
+        (*OPTIMIZERS.values(), torch.optim.SGD, baselines.Adagrad)
+    )
     for name, scheduler in SCHEDULERS.items():
         setattr(modules["deepspeed.runtime.lr_schedules"], name, scheduler)
     wrap_engine(engine_class)
@@ -119,6 +123,8 @@ def wrap_engine(engine_class: type) -> None:
 
     @functools.wraps(configure_basic)
     def _configure_basic_optimizer(self, model_parameters):
+        if self.optimizer_name() == "adagrad" and not self.zero_use_cpu_optimizer():
+            return baselines.Adagrad(model_parameters, **(self.optimizer_params() or {}))
         optimizer_class = OPTIMIZERS.get(self.optimizer_name())
         if optimizer_class is None:
             return configure_basic(self, model_parameters)
@@ -139,6 +145,9 @@ def wrap_engine(engine_class: type) -> None:
             self.basic_optimizer.attach(read_layout(self.optimizer))
             loss_scale.repair(self)
             log_exclusions(self.basic_optimizer)
+        elif type(self.basic_optimizer) in baselines.BASELINES:
+            baselines.undo_first_step(self)
+            loss_scale.repair(self)
 
     @functools.wraps(load)
     def load_checkpoint(self, *args, **kwargs):

@@ -66,7 +66,7 @@ def class_built(json_type, params, stage):
         ("NLAMB", "largebatch.optim.lamb.NLAMB"),
         ("nnLamb", "largebatch.optim.lamb.NNLAMB"),
         ("SGD", "torch.optim.sgd.SGD"),
-        ("Adagrad", "torch.optim.adagrad.Adagrad"),
+        ("Adagrad", "largebatch.baselines.Adagrad"),
     ],
 )
 def test_any_spelling_is_ours_and_other_optimizers_are_left_alone(rank_pool, json_type, built, stage):
