@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from largebatch.config import is_number, nearest_hint
+from largebatch.launch.parameter_groups import check_baseline
 from largebatch.models.registry import BUILDERS
 from largebatch.schedule import scaled_lr
 
@@ -25,6 +26,7 @@ SECTION_DEFAULTS: dict[str, Any] = {
     "mixup": 0.0,
     "label_smoothing": 0.0,
     "batch_norm": {},
+    "no_weight_decay": [],
     "epochs": None,
     "steps": None,
     "stages": None,
@@ -240,6 +242,7 @@ def make_plan(recipe: dict[str, Any], *, num_samples: int, world_size: int, outp
     config = copy.deepcopy(recipe)
     check_keys(config)
     section = config["largebatch"] = check_section(config)
+    check_baseline(config)
     global_batch = config.get("train_batch_size")
     if not isinstance(global_batch, int) or isinstance(global_batch, bool) or global_batch < 1:
         raise ValueError(f"train_batch_size is {global_batch!r}; expected an integer >= 1, the global batch")

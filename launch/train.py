@@ -16,6 +16,7 @@ import torch.distributed as dist
 from largebatch.launch import checkpoints
 from largebatch.launch.arguments import Plan, apply_overrides, check_section, make_plan, parse_arguments, read_recipe
 from largebatch.launch.input_pipeline import load_data
+from largebatch.launch.parameter_groups import parameter_groups
 from largebatch.launch.reporting import Reporter, discard_after
 from largebatch.launch.training_loop import Outcome, TrainingLoop
 from largebatch.models.registry import build_model
@@ -59,7 +60,8 @@ def build(arguments) -> tuple[str, TrainingLoop, int]:
     deepspeed.init_distributed(verbose=False)
     prepare_run_folder(run_folder, plan, rank)
     with contextlib.redirect_stdout(None):  # BF16_Optimizer prints memory figures whatever the log level
-        engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=plan.config)
+        groups = parameter_groups(model, section["no_weight_decay"])
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=plan.config)
     folder = os.path.join(run_folder, "checkpoints")
     first_step = checkpoints.load(engine, folder) if arguments.resume else 0
     metrics = os.path.join(run_folder, "metrics.jsonl")
