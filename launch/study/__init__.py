@@ -1,0 +1,1 @@
+"""Grids of training runs: which runs (grid), doing them (runner), what came out (results), and pictures (plots)."""

@@ -1,0 +1,152 @@
+"""What the runs of a study came to: a row per run (CSV), a row per cell with mean and spread (Markdown)."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import statistics
+from dataclasses import astuple, dataclass, fields
+from typing import Any
+
+from largebatch.launch.study.grid import GridRun
+
+
+def events_of(folder: str) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; none if there is no such file. A line that was cut off is left out."""
+    try:
+        with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as file:
+            lines = file.readlines()
+    except FileNotFoundError:
+        return []
+    events = []
+    for line in lines:
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return events
+
+
+@dataclass(frozen=True)
+class Row:
+    """One finished run.
+
+    Attributes:
+        metric: name of the figure of merit, e.g. "top1"; value: at the end, on the whole test set.
+        final_loss: mean training loss of the last step. is_diverged: that it, or any before it, is not finite.
+        num_samples: of the training set.
+    """
+
+    model: str
+    data: str
+    optimizer: str
+    batch: int
+    seed: int
+    lr: float
+    steps: int
+    epochs: float
+    metric: str
+    value: float
+    final_loss: float
+    is_diverged: bool
+    samples_per_second: float
+    ranks: int
+    recipe: str
+    folder: str
+
+
+def read_row(run: GridRun, folder: str, metric: str | None) -> Row | None:
+    """The row of a run; None if it has not ended.
+
+    Args:
+        metric: a name in the run's "end" event; None: top1, or else the first figure there.
+
+    Raises:
+        ValueError: the run has no such figure.
+    """
+    events = events_of(folder)
+    start = next((e for e in events if e["event"] == "start"), None)
+    end = next((e for e in reversed(events) if e["event"] == "end"), None)
+    if start is None or end is None:
+        return None
+    figures = [k for k in end if k not in ("event", "step", "images_per_second", "samples_per_second")]
+    name = metric or ("top1" if "top1" in figures else figures[0])
+    if name not in figures:
+        raise ValueError(
+            f"--metric is {name!r}; expected one of {', '.join(figures)}, which the run in {folder!r} ends with"
+        )
+    config, steps = start["config"], [e for e in events if e["event"] == "step"]
+    section = config["largebatch"]
+    return Row(
+        model=section["model"],
+        data=section["data"],
+        optimizer=run.cell.optimizer,
+        batch=config["train_batch_size"],
+        seed=section["seed"],
+        lr=config["optimizer"]["params"].get("lr"),
+        steps=end["step"],
+        epochs=round(steps[-1]["epoch"], 3),
+        metric=name,
+        value=end[name],
+        final_loss=steps[-1]["loss"],
+        is_diverged=not all(math.isfinite(e["loss"]) for e in steps),
+        samples_per_second=round(end.get("images_per_second", end.get("samples_per_second", math.nan)), 1),
+        ranks=start["world_size"],
+        recipe=run.cell.origin,
+        folder=os.path.basename(folder),
+    )
+
+
+def write_csv(path: str, rows: list[Row]) -> None:
+    """One line per run, columns as in :class:`Row`."""
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(field.name for field in fields(Row))
+        writer.writerows(map(astuple, rows))
+
+
+def by_cell(rows: list[Row]) -> dict[tuple[str, int], list[Row]]:
+    """{(optimizer, batch): its runs}, in the order of the rows."""
+    cells: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        cells.setdefault((row.optimizer, row.batch), []).append(row)
+    return cells
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """Mean and, of two and more, sample standard deviation."""
+    mean = f"{statistics.mean(values):.4f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.4f}"
+
+
+def markdown(rows: list[Row]) -> str:
+    """Two tables: the figure of merit by optimizer and batch, and the settings of every cell."""
+    if not rows:
+        return "No run has finished.\n"
+    cells = by_cell(rows)
+    optimizers = list(dict.fromkeys(optimizer for optimizer, _ in cells))
+    batches = sorted({batch for _, batch in cells})
+    first = rows[0]
+    lines = [f"{first.model} on {first.data}: {first.metric}, mean ± sample standard deviation (number of runs)", ""]
+    lines += ["| optimizer | " + " | ".join(f"batch {batch:,}" for batch in batches) + " |"]
+    lines += ["|---" * (len(batches) + 1) + "|"]
+    for optimizer in optimizers:
+        texts = []
+        for batch in batches:
+            group = cells.get((optimizer, batch))
+            texts.append(f"{mean_and_spread([r.value for r in group])} ({len(group)})" if group else "")
+        lines.append(f"| {optimizer} | " + " | ".join(texts) + " |")
+    lines += [
+        "",
+        "| optimizer | batch | learning rate | steps | epochs | runs | lowest | highest | non-finite loss | recipe |",
+    ]
+    lines += ["|---" * 10 + "|"]
+    for (optimizer, batch), group in sorted(cells.items(), key=lambda item: (item[0][1], optimizers.index(item[0][0]))):
+        row, values = group[0], [r.value for r in group]
+        lines.append(
+            f"| {optimizer} | {batch:,} | {row.lr:.4g} | {row.steps} | {row.epochs:.4g} | {len(group)} "
+            f"| {min(values):.4f} | {max(values):.4f} | {sum(r.is_diverged for r in group)} | {row.recipe} |"
+        )
+    return "\n".join(lines) + "\n"

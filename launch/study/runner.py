@@ -1,0 +1,153 @@
+"""Runs of a study, one after the other, through the deepspeed launcher and launch/train.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from largebatch.launch.arguments import SECTION_DEFAULTS
+from largebatch.launch.ports import free_port
+from largebatch.launch.study.results import events_of
+
+TRAIN_SCRIPT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "train.py")
+SECONDS_TO_SAVE = 120
+"""How long an interrupted run gets to write its checkpoint. The launcher itself gives its processes about 30 s."""
+
+NOT_A_SETTING = ("source", "expected", "hardware")
+"""Keys of the "largebatch" section that change nothing in the training."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the runs of a study are started.
+
+    Attributes:
+        num_ranks: processes, one GPU each where there are GPUs.
+        data_folder: given to train.py as --data, or None.
+    """
+
+    num_ranks: int
+    data_folder: str | None
+
+    def command(self, recipe: str, folder: str, *, is_resumed: bool) -> list[str]:
+        command = [sys.executable, "-m", "deepspeed.launcher.runner"]
+        command += [
+            "--num_accelerators",
+            str(self.num_ranks),
+            "--log_level",
+            "error",
+            "--master_port",
+            str(free_port()),
+        ]
+        command += [TRAIN_SCRIPT, "--deepspeed_config", recipe, "--output", folder]
+        if self.data_folder is not None:
+            command += ["--data", os.path.abspath(self.data_folder)]
+        return [*command, "--resume"] if is_resumed else command
+
+
+def state_of(folder: str) -> str:
+    """ "finished", "resumable" (it has a checkpoint), "begun" (it has none) or "new"."""
+    if any(e["event"] == "end" for e in events_of(folder)):
+        return "finished"
+    if os.path.isfile(os.path.join(folder, "checkpoints", "latest")):
+        return "resumable"
+    return "begun" if os.path.exists(os.path.join(folder, "metrics.jsonl")) else "new"
+
+
+def train(launch: Launch, recipe: dict[str, Any], folder: str) -> int:
+    """Runs one training to its end, or until interrupted; its output goes to ``folder/log.txt``.
+
+    A run that was killed before its first checkpoint starts anew.
+
+    Returns:
+        The launcher's exit code.
+
+    Raises:
+        KeyboardInterrupt: as asked by Ctrl-C, once the run has saved its checkpoint and ended.
+    """
+    state = state_of(folder)
+    if state == "begun":
+        shutil.rmtree(folder)
+    os.makedirs(folder, exist_ok=True)
+    recipe_path = os.path.join(folder, "recipe.json")
+    with open(recipe_path, "w", encoding="utf-8") as file:
+        json.dump(recipe, file, indent=2)
+        file.write("\n")
+    command = launch.command(recipe_path, folder, is_resumed=state == "resumable")
+    with open(os.path.join(folder, "log.txt"), "a", encoding="utf-8") as log:
+        # a session of its own: Ctrl-C reaches it through stop() alone, once
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment(), start_new_session=True
+        )
+        try:
+            return process.wait()
+        except BaseException:
+            stop(process)
+            raise
+
+
+def environment() -> dict[str, str]:
+    variables = dict(os.environ)
+    if not torch.cuda.is_available():
+        variables.setdefault("DS_ACCELERATOR", "cpu")
+    return variables
+
+
+def stop(process: subprocess.Popen) -> None:
+    """Asks a run to save and end; kills it if it does not within SECONDS_TO_SAVE."""
+    deadline = time.monotonic() + SECONDS_TO_SAVE
+    try:
+        os.killpg(process.pid, signal.SIGINT)
+        while time.monotonic() < deadline:
+            process.poll()  # reaps the launcher, which ends before the processes that it started
+            os.killpg(process.pid, 0)
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        process.wait()
+
+
+def why_failed(folder: str) -> str:
+    """The last error in a run's log, for one line."""
+    with open(os.path.join(folder, "log.txt"), encoding="utf-8", errors="replace") as file:
+        lines = [line.strip() for line in file if line.strip()]
+    errors = [line for line in lines if "rror:" in line]
+    return (errors or lines or ["it said nothing"])[-1]
+
+
+def differences(recipe: dict[str, Any], folder: str) -> list[str]:
+    """What a run in a folder was trained with, where it is not what the recipe says; "auto" agrees with anything."""
+    recorded = next((e["config"] for e in events_of(folder) if e["event"] == "start"), None)
+    if recorded is None:
+        return []
+    wanted = recipe | {"largebatch": trained_with(recipe["largebatch"])}
+    recorded = recorded | {"largebatch": trained_with(recorded["largebatch"])}
+    return compare(wanted, recorded, "")
+
+
+def trained_with(section: dict[str, Any]) -> dict[str, Any]:
+    """The "largebatch" section with its defaults, without what changes nothing and what is filled in from the length."""
+    section = SECTION_DEFAULTS | section
+    if section["layer_stats_every_steps"] != SECTION_DEFAULTS["layer_stats_every_steps"]:
+        section["layer_stats_every_steps"] = "auto"
+    return {key: value for key, value in section.items() if key not in NOT_A_SETTING}
+
+
+def compare(wanted: dict[str, Any], recorded: dict[str, Any], prefix: str) -> list[str]:
+    found = []
+    for key, value in wanted.items():
+        name, there = f"{prefix}{key}", recorded.get(key)
+        if isinstance(value, dict) and isinstance(there, dict):
+            found += compare(value, there, f"{name}.")
+        elif value != "auto" and value != there:
+            found.append(f"{name} {there!r}, not {value!r}")
+    return found
