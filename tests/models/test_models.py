@@ -173,7 +173,7 @@ def test_auxiliary_classifiers_count_at_three_tenths():
         ("resnet18", (3, 32, 32), {"zero_init_residual": True}),
         ("mobilenet_v3_small", (3, 32, 32), {"dropout": 0.1}),
         ("vit_b_32", (3, 64, 64), {}),
-        ("inception_v3", (3, 139, 139), {"aux_logits": True}),
+        ("googlenet", (3, 32, 32), {"aux_logits": True}),
         ("inception_v3", (3, 75, 75), {}),
     ],
 )
