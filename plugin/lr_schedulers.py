@@ -60,6 +60,17 @@ def share_of_peak(name: str, value: Any) -> float:
     return value
 
 
+def end_share(end_lr: Any, end_factor: float, peak_lr: float) -> float:
+    """The end of a decay as a share of the peak."""
+    if end_factor:
+        raise ValueError("scheduler.params has both end_lr and end_factor; give one of them")
+    if not is_number(end_lr) or not 0 <= end_lr <= peak_lr:
+        raise ValueError(
+            f"scheduler.params.end_lr is {end_lr!r}; expected 0 to the peak, optimizer.params.lr = {peak_lr}"
+        )
+    return end_lr / peak_lr if peak_lr else 0.0
+
+
 class FactorLR:
     """Base of the JSON schedulers: lr of a group at step t = the group's own lr * factor(t).
 
@@ -130,6 +141,10 @@ class WarmupPolyLR(WarmupDecayLR):
         warmup_steps | warmup_epochs: length of the warm-up, default 0; epochs may be fractions.
         steps_per_epoch: data set size / global batch, where epochs are used.
         power: >= 0. warmup_start_factor, end_factor: 0 to 1, shares of the peak.
+        end_lr: >= 0, learning rate at the end in place of ``end_factor`` (MLPerf: 1e-4); with several param groups,
+            that of the first, and the others keep their proportion.
+        decay_from: "warmup" (the decay begins after the warm-up, with the peak) or "start" (it runs from step 0 on, so
+            that the peak is never reached: 1904.00962's eta_0 (1 - t/T), the schedule of the BERT codes).
     """
 
     def __init__(
@@ -143,18 +158,25 @@ class WarmupPolyLR(WarmupDecayLR):
         power=2.0,
         warmup_start_factor=0.0,
         end_factor=0.0,
+        end_lr=None,
+        decay_from="warmup",
     ):
         self.num_steps = in_steps("total", total_steps, total_epochs, steps_per_epoch, default=None)
         if not is_number(power) or power < 0:
             raise ValueError(f"scheduler.params.power is {power!r}; expected a number >= 0")
-        self.power, self.end_factor = power, share_of_peak("end_factor", end_factor)
+        if decay_from not in ("warmup", "start"):
+            raise ValueError(f"scheduler.params.decay_from is {decay_from!r}; expected 'warmup' or 'start'")
+        self.power, self.decay_from = power, decay_from
+        self.end_factor = share_of_peak("end_factor", end_factor)
+        if end_lr is not None:
+            self.end_factor = end_share(end_lr, end_factor, torch_optimizer(optimizer).param_groups[0]["lr"])
         super().__init__(optimizer, warmup_steps, warmup_epochs, warmup_start_factor, steps_per_epoch)
 
     def decay_factor(self, step: int) -> float:
         return schedule.polynomial_factor(
             step,
             num_steps=self.num_steps,
-            num_warmup_steps=self.num_warmup_steps,
+            num_warmup_steps=0 if self.decay_from == "start" else self.num_warmup_steps,
             power=self.power,
             end_factor=self.end_factor,
         )

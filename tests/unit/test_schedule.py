@@ -90,6 +90,17 @@ def test_poly_scheduler_in_epochs_and_groups_keep_their_proportion():
     assert optimizer.param_groups[1]["lr"] == pytest.approx(optimizer.param_groups[0]["lr"] / 10)
 
 
+def test_poly_with_an_end_and_from_the_start():
+    optimizer = optimizer_with(2.0, 0.2)
+    scheduler = WarmupPolyLR(optimizer, total_steps=6, warmup_steps=2, power=2, end_lr=0.5)
+    # MLPerf: (lr - end) (1 - t / T)^2 + end, t and T without the warm-up
+    assert trace(scheduler, 8) == pytest.approx([1.0, 2.0, 2.0, 1.34375, 0.875, 0.59375, 0.5, 0.5])
+    assert optimizer.param_groups[1]["lr"] == pytest.approx(0.05)
+    # BERT: lr (1 - t / T) once the warm-up is over
+    scheduler = WarmupPolyLR(optimizer_with(1.0), total_steps=5, warmup_steps=2, power=1, decay_from="start")
+    assert trace(scheduler, 6) == pytest.approx([0.5, 1.0, 0.6, 0.4, 0.2, 0.0])
+
+
 def test_step_and_cosine_schedulers():
     milestones = WarmupStepLR(optimizer_with(1.0), milestone_epochs=[1, 2], steps_per_epoch=2, warmup_steps=1)
     assert trace(milestones, 5) == pytest.approx([1.0, 1.0, 0.1, 0.1, 0.01])
@@ -118,6 +129,9 @@ def test_scheduler_state_restores_the_learning_rate():
         ({"total_steps": -5}, "scheduler.params.total_steps is -5; expected a number >= 0"),
         ({"total_steps": 5, "power": -1}, "scheduler.params.power is -1"),
         ({"total_steps": 5, "end_factor": "0.1"}, "scheduler.params.end_factor is '0.1'; expected 0 to 1"),
+        ({"total_steps": 5, "end_lr": 3.0}, "scheduler.params.end_lr is 3.0; expected 0 to the peak, optimizer.params.lr = 1.0"),
+        ({"total_steps": 5, "end_lr": 0.1, "end_factor": 0.1}, "has both end_lr and end_factor"),
+        ({"total_steps": 5, "decay_from": "peak"}, "scheduler.params.decay_from is 'peak'; expected 'warmup' or 'start'"),
         ({"total_steps": 5, "warmup_start_factor": 2}, "scheduler.params.warmup_start_factor is 2; expected 0 to 1"),
     ],
 )
