@@ -12,6 +12,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+from largebatch.launch.study.results import trained_with
+
 
 @dataclass(frozen=True)
 class Run:
@@ -29,6 +31,7 @@ class Run:
         config = json.loads(
             json.dumps(self.config), parse_float=lambda text: int(f) if (f := float(text)).is_integer() else f
         )
+        config["largebatch"] = trained_with(config["largebatch"])
         config["largebatch"].pop("seed")
         config.pop("tensorboard", None)
         return json.dumps(config, sort_keys=True)

@@ -7,11 +7,14 @@ batch) and the plots. Called again it goes on: finished runs are kept, interrupt
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import fcntl
 import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,6 +25,7 @@ from largebatch.launch.study import plots, results, runner
 from largebatch.launch.study.grid import GridRun, expand
 
 CPU_RANKS = 2
+SET_BY_THE_GRID = ("largebatch.seed", "train_batch_size", "optimizer.type")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -92,8 +96,25 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         print(f"largebatch: error: {error}", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
-    return study.run()
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        with study.locked():
+            return study.run()
+    except ValueError as error:  # what is only seen once a run has ended: its figures
+        print(f"largebatch: error: {error}", file=sys.stderr)
+        return 2
+    except BlockingIOError:
+        print(
+            f"largebatch: error: another study is at work in {study.output!r}; wait, or choose another --output",
+            file=sys.stderr,
+        )
+        return 2
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def interrupt(number, frame) -> None:
+    raise KeyboardInterrupt
 
 
 class Study:
@@ -106,6 +127,14 @@ class Study:
         self.launch = runner.Launch(ranks, arguments.data_folder)
         self.failed: dict[str, str] = {}
         self.progress = Progress()
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps a second study out of the folder; raises BlockingIOError if this one is the second."""
+        os.makedirs(self.output, exist_ok=True)
+        with open(os.path.join(self.output, ".lock"), "w", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
 
     def folder(self, run: GridRun) -> str:
         return os.path.join(self.output, run.name)
@@ -120,6 +149,10 @@ class Study:
             if value is not None:
                 section[key], section[other] = value, None
         for assignment in self.arguments.set:
+            if assignment.partition("=")[0] in SET_BY_THE_GRID:
+                raise ValueError(
+                    f"--set {assignment!r}: the grid sets that itself; use --seeds, --batches or --optimizers"
+                )
             set_entry(recipe, assignment)
         return recipe
 
@@ -188,7 +221,6 @@ class Study:
 
     def write_tables(self) -> None:
         rows = self.rows()
-        os.makedirs(self.output, exist_ok=True)
         results.write_csv(os.path.join(self.output, "runs.csv"), rows)
         with open(os.path.join(self.output, "table.md"), "w", encoding="utf-8") as file:
             file.write(results.markdown(rows))

@@ -14,7 +14,7 @@ from typing import Any
 from largebatch.launch.study.results import Row, by_cell, events_of
 
 PANELS = (("trust_ratio", "trust ratio"), ("local_lr", "local learning rate"),
-          ("weight_norm", "weight norm"), ("direction_norm", "norm of the gradient (LARS) or update (LAMB)"))  # fmt: skip
+          ("weight_norm", "weight norm"), ("direction_norm", "norm of gradient (LARS) or update (LAMB)"))  # fmt: skip
 """Figure in the telemetry and its name on the axis."""
 
 

@@ -10,7 +10,13 @@ import statistics
 from dataclasses import astuple, dataclass, fields
 from typing import Any
 
+from largebatch.launch.arguments import SECTION_DEFAULTS
 from largebatch.launch.study.grid import GridRun
+
+NOT_A_SETTING = (
+    "source", "expected", "hardware", "layer_stats_every_steps", "evaluate_every_epochs", "save_every_epochs"
+)  # fmt: skip
+"""Keys of the "largebatch" section that change nothing in the training."""
 
 
 def events_of(folder: str) -> list[dict[str, Any]]:
@@ -27,6 +33,11 @@ def events_of(folder: str) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return events
+
+
+def trained_with(section: dict[str, Any]) -> dict[str, Any]:
+    """The "largebatch" section with its defaults, without the keys that change nothing in the training."""
+    return {key: value for key, value in (SECTION_DEFAULTS | section).items() if key not in NOT_A_SETTING}
 
 
 @dataclass(frozen=True)

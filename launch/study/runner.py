@@ -14,16 +14,12 @@ from typing import Any
 
 import torch
 
-from largebatch.launch.arguments import SECTION_DEFAULTS
 from largebatch.launch.ports import free_port
-from largebatch.launch.study.results import events_of
+from largebatch.launch.study.results import events_of, trained_with
 
 TRAIN_SCRIPT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "train.py")
 SECONDS_TO_SAVE = 120
 """How long an interrupted run gets to write its checkpoint. The launcher itself gives its processes about 30 s."""
-
-NOT_A_SETTING = ("source", "expected", "hardware")
-"""Keys of the "largebatch" section that change nothing in the training."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +108,9 @@ def stop(process: subprocess.Popen) -> None:
             os.killpg(process.pid, 0)
             time.sleep(0.2)
         os.killpg(process.pid, signal.SIGKILL)
+    except KeyboardInterrupt:  # asked twice: at once, then
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     except ProcessLookupError:
         process.wait()
 
@@ -132,14 +131,6 @@ def differences(recipe: dict[str, Any], folder: str) -> list[str]:
     wanted = recipe | {"largebatch": trained_with(recipe["largebatch"])}
     recorded = recorded | {"largebatch": trained_with(recorded["largebatch"])}
     return compare(wanted, recorded, "")
-
-
-def trained_with(section: dict[str, Any]) -> dict[str, Any]:
-    """The "largebatch" section with its defaults, without what changes nothing and what is filled in from the length."""
-    section = SECTION_DEFAULTS | section
-    if section["layer_stats_every_steps"] != SECTION_DEFAULTS["layer_stats_every_steps"]:
-        section["layer_stats_every_steps"] = "auto"
-    return {key: value for key, value in section.items() if key not in NOT_A_SETTING}
 
 
 def compare(wanted: dict[str, Any], recorded: dict[str, Any], prefix: str) -> list[str]:
