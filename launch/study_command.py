@@ -47,6 +47,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--ranks", type=positive, help="processes (default: one per GPU, or 2 on the CPU)")
     parser.add_argument("--recipes", metavar="DIR", help="folder of recipes (default: those of the package)")
+    parser.add_argument(
+        "--variant",
+        metavar="NAME",
+        help="take the recipes <model>_<data>_<optimizer>_<batch>_<NAME>, where there are any",
+    )
     parser.add_argument("--metric", help="figure of merit, a name in the runs' last line (default: top1)")
     parser.add_argument("--output", default="runs/study", metavar="DIR")
     parser.add_argument("--no-plots", action="store_true", help="do not draw; matplotlib is not needed then")
@@ -88,6 +93,7 @@ def main(argv: list[str] | None = None) -> int:
             optimizers=arguments.optimizers,
             batches=arguments.batches,
             seeds=list(range(1, arguments.seeds + 1)),
+            variant=arguments.variant,
         )
         study = Study(arguments, runs)
         study.check()

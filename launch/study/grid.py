@@ -67,8 +67,12 @@ def batch_label(batch: int) -> str:
     return str(batch)
 
 
-def find_recipes(folder: str, model: str, data: str, optimizer: str) -> dict[int, tuple[str, dict[str, Any]]]:
-    """{global batch: (name, recipe)} of ``<model>_<data>_<optimizer>_<batch>.json``.
+def find_recipes(
+    folder: str, model: str, data: str, optimizer: str, variant: str | None
+) -> dict[int, tuple[str, dict[str, Any]]]:
+    """{global batch: (name, recipe)} of ``<model>_<data>_<optimizer>_<batch>[_<variant>].json``.
+
+    An optimizer that has no recipe of the variant takes those without one.
 
     Raises:
         ValueError: the folder holds none; names what there is.
@@ -77,26 +81,30 @@ def find_recipes(folder: str, model: str, data: str, optimizer: str) -> dict[int
         raise ValueError(f"--recipes is {folder!r}, which is not a folder; expected one with recipes (*.json)")
     prefix = f"{model}_{data}_{optimizer}_"
     names = sorted(name[:-5] for name in os.listdir(folder) if name.endswith(".json"))
-    found = {}
+    found: dict[str, dict[int, tuple[str, dict[str, Any]]]] = {}
     for name in names:
         if name.startswith(prefix):
             recipe = read_recipe(os.path.join(folder, f"{name}.json"))
-            batch = recipe.get("train_batch_size")
-            # <name>_<batch> goes before its variants such as <name>_<batch>_author
-            if isinstance(batch, int) and (batch not in found or name == f"{prefix}{batch_label(batch)}"):
-                found[batch] = (name, recipe)
+            _, _, its_variant = name.removeprefix(prefix).partition("_")
+            found.setdefault(its_variant, {})[recipe["train_batch_size"]] = (name, recipe)
     if not found:
-        families = sorted({name.rsplit("_", 1)[0] for name in names})
+        families = sorted({"_".join(name.split("_")[:-1]) for name in names})
         raise ValueError(
             f"no recipe {prefix}<batch>.json in {folder!r}{nearest_hint(prefix.rstrip('_'), families)}; "
             f"there are: {', '.join(families) or 'none at all'}"
         )
-    return found
+    chosen = found.get(variant or "") or found.get("")
+    if chosen is None:
+        raise ValueError(
+            f"--variant is {variant!r} and the recipes {prefix}<batch> have variants only; expected one of "
+            f"{', '.join(sorted(found))}"
+        )
+    return chosen
 
 
-def make_cell(folder: str, model: str, data: str, optimizer: str, batch: int) -> Cell:
+def make_cell(folder: str, model: str, data: str, optimizer: str, batch: int, variant: str | None = None) -> Cell:
     """The recipe of one optimizer and batch, scaled from the nearest batch where there is none."""
-    recipes = find_recipes(folder, model, data, optimizer)
+    recipes = find_recipes(folder, model, data, optimizer, variant)
     if batch in recipes:
         name, recipe = recipes[batch]
         return Cell(optimizer, batch, recipe, name)
@@ -140,8 +148,15 @@ def scaled_recipe(recipe: dict[str, Any], optimizer: str, batch: int) -> tuple[d
 
 
 def expand(
-    folder: str, *, model: str, data: str, optimizers: list[str], batches: list[int], seeds: list[int]
+    folder: str,
+    *,
+    model: str,
+    data: str,
+    optimizers: list[str],
+    batches: list[int],
+    seeds: list[int],
+    variant: str | None = None,
 ) -> list[GridRun]:
     """All runs, seed by seed, so that a study that is cut short has all cells with fewer seeds."""
-    cells = [make_cell(folder, model, data, optimizer, batch) for batch in batches for optimizer in optimizers]
+    cells = [make_cell(folder, model, data, optimizer, batch, variant) for batch in batches for optimizer in optimizers]
     return [GridRun(cell, seed) for seed in seeds for cell in cells]

@@ -37,10 +37,17 @@ def test_a_recipe_with_the_batch_is_taken_as_it_is():
             assert found.recipe == json.loads((RECIPES / f"{found.origin}.json").read_text())
 
 
-def test_the_plain_name_goes_before_its_variants(tmp_path):
-    for name in ("lenet_mnist_lars_1k_author", "lenet_mnist_lars_1k", "lenet_mnist_lars_1k_0"):
-        (tmp_path / f"{name}.json").write_text(json.dumps({"train_batch_size": 1024, "largebatch": {"source": name}}))
-    assert cell("lars", 1024, tmp_path).origin == "lenet_mnist_lars_1k"
+def test_variants_of_recipes(tmp_path):
+    for name in ("lars_1k", "lars_1k_author", "lars_2k_author", "sgd_4k", "lamb_1k_maxaug", "lamb_1k_minaug"):
+        recipe = {"train_batch_size": 1024 * int(name.split("_")[1][0]), "largebatch": {}, "optimizer": {"params": {}}}
+        (tmp_path / f"lenet_mnist_{name}.json").write_text(json.dumps(recipe))
+    origin = lambda *names: grid.make_cell(str(tmp_path), "lenet", "mnist", *names).origin  # noqa: E731
+    assert origin("lars", 1024) == "lenet_mnist_lars_1k"
+    assert origin("lars", 2048, "author") == "lenet_mnist_lars_2k_author"
+    assert origin("sgd", 4096, "author") == "lenet_mnist_sgd_4k", "which has no such variant"
+    for variant in (None, "author"):
+        with pytest.raises(ValueError, match="have variants only; expected one of maxaug, minaug"):
+            origin("lamb", 1024, variant)
 
 
 def test_runs_go_seed_by_seed():
