@@ -204,7 +204,7 @@ class Plan {
       const int num_threads = num_threads_for(total_numel_);
       in_parallel(num_threads, [&](int thread, int team) {
         const auto [begin, end] = share(0, static_cast<int>(chunks_.size()), thread, team);
-        for (int c = begin; c < end; ++c) first(c);
+        for (int c = begin; c < end; ++c) first(c, in_grad(c));
       });
       double* out = sums.data_ptr<double>();
       for (size_t l = 0; l < layers_.size(); ++l) layer_sums(static_cast<int>(l), out + 2 * rows_[l]);
@@ -229,7 +229,7 @@ class Plan {
     in_parallel(num_threads, [&](int thread, int team) {
       const auto [begin, end] = share(0, static_cast<int>(chunks_.size()), thread, team);
       for (int c = end - 1; c >= begin; --c)
-        if (good[rows_[chunks_[c].layer]]) second(c);
+        if (good[rows_[chunks_[c].layer]]) second(c, layers_[chunks_[c].layer], in_grad(c));
     });
   }
 
@@ -251,7 +251,14 @@ class Plan {
     in_parallel(num_threads, [&](int thread, int team) {
       for (size_t wave = 0; wave + 1 < waves.size(); ++wave) {
         const auto [begin, end] = share(waves[wave], waves[wave + 1], thread, team);
-        for (int c = begin; c < end; ++c) first(c);
+        // the direction of the chunks that the second pass takes up first is kept aside, as far as there is room
+        const int64_t room = std::max<int64_t>(static_cast<int64_t>(scratch_.size()) / team / bytes_of_chunk(), 0);
+        char* const scratch = scratch_.data() + thread * room * bytes_of_chunk();
+        auto kept = [&](int c) -> void* {
+          if (keeps_in_grads_ || end - c > room) return in_grad(c);
+          return scratch + (end - 1 - c) * bytes_of_chunk();
+        };
+        for (int c = begin; c < end; ++c) first(c, kept(c));
         barrier(team);
         int current = -1;
         bool is_good = false;
@@ -268,7 +275,7 @@ class Plan {
             is_good = decide(layer, rows_[l], found, lr, is_reporter ? out : nullptr, num_layers);
             if (is_reporter) good[rows_[l]] = is_good;
           }
-          if (is_good) passes_in_use()->second(rule_.algorithm, is_fp64_, layer, chunks_[c].begin, chunks_[c].end);
+          if (is_good) second(c, layer, kept(c));
         }
       }
     });
@@ -308,6 +315,8 @@ class Plan {
     for (size_t i = 0; i < grads.size(); ++i) grads_.push_back(laid_out_like(grads[i], weights_[i]));
     double last_step = -1;
     Scalars common{};
+    can_keep_ = rule_.algorithm >= Algorithm::lamb;
+    keeps_in_grads_ = may_overwrite_grads_;
     for (size_t l = 0; l < layers_.size(); ++l) {
       Layer& layer = layers_[l];
       const int64_t t = tensors_[l];
@@ -328,11 +337,23 @@ class Plan {
       layer.scalars = common;
       layer.scalars.weight_decay = weight_decays_[rows_[l]];
       // not through a copy of the gradient, which would not be there in the second pass of a step in two calls
-      layer.keeps_direction = may_overwrite_grads_ && rule_.algorithm >= Algorithm::lamb &&
-                              layer.grad_dtype == (is_fp64_ ? Dtype::fp64 : Dtype::fp32) &&
-                              layer.state_dtype != Dtype::bf16 && grads_[t].is_same(grads[t]);
+      keeps_in_grads_ = keeps_in_grads_ && layer.grad_dtype == (is_fp64_ ? Dtype::fp64 : Dtype::fp32) &&
+                        grads_[t].is_same(grads[t]);
+      can_keep_ = can_keep_ && layer.state_dtype != Dtype::bf16;
       layer.rounding_key = rounding_key(seeds_[rows_[l]], step);
     }
+    keeps_in_grads_ = keeps_in_grads_ && can_keep_;
+    if (can_keep_ && !keeps_in_grads_ && scratch_.empty()) scratch_.resize(total_numel_ * bytes_of_element() / 100);
+  }
+
+  int64_t bytes_of_element() const { return is_fp64_ ? 8 : 4; }
+  int64_t bytes_of_chunk() const { return chunk_numel * bytes_of_element(); }
+
+  // The chunk's gradient, if the direction may take its place.
+  void* in_grad(int c) const {
+    if (!keeps_in_grads_) return nullptr;
+    const void* grad = layers_[chunks_[c].layer].grad;
+    return static_cast<char*>(const_cast<void*>(grad)) + chunks_[c].begin * bytes_of_element();
   }
 
   Scalars scalars_of(double step, double grad_scale) const {
@@ -397,14 +418,13 @@ class Plan {
     return std::isfinite(sums[0]) && std::isfinite(sums[1]);
   }
 
-  void first(int c) {
+  void first(int c, void* kept) {
     const Chunk& chunk = chunks_[c];
-    passes_in_use()->first(rule_.algorithm, is_fp64_, layers_[chunk.layer], chunk.begin, chunk.end, &sums_[2 * c]);
+    passes_in_use()->first(rule_.algorithm, is_fp64_, layers_[chunk.layer], chunk.begin, chunk.end, &sums_[2 * c], kept);
   }
 
-  void second(int c) {
-    const Chunk& chunk = chunks_[c];
-    passes_in_use()->second(rule_.algorithm, is_fp64_, layers_[chunk.layer], chunk.begin, chunk.end);
+  void second(int c, const Layer& layer, const void* kept) const {
+    passes_in_use()->second(rule_.algorithm, is_fp64_, layer, chunks_[c].begin, chunks_[c].end, kept);
   }
 
   void layer_sums(int l, double* out) const {
@@ -458,6 +478,8 @@ class Plan {
   bool may_overwrite_grads_;
   Rule rule_{};
   bool is_fp64_ = false;
+  bool can_keep_ = false, keeps_in_grads_ = false;  // of the direction between the passes
+  std::vector<char> scratch_;                       // a hundredth of the parameters' memory
   int64_t total_numel_ = 0;
   std::vector<Layer> layers_;                      // one a span
   std::vector<int64_t> tensors_, starts_, rows_;   // of each span
@@ -506,14 +528,6 @@ void count(const std::vector<at::Tensor>& steps) {
   for (const auto& step : steps) *step.data_ptr<float>() += 1.0f;
 }
 
-bool has_threads() {
-#ifdef _OPENMP
-  return true;
-#else
-  return false;
-#endif
-}
-
 }  // namespace largebatch
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
@@ -529,7 +543,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
       .def("step", &Plan::step);
   module.def("square_sums", &square_sums);
   module.def("count", &count);
-  module.def("has_threads", &has_threads);
   module.def("instruction_sets", &instruction_sets);
   module.def("use_instruction_set", &use_instruction_set);
 }

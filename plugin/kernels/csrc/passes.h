@@ -39,16 +39,17 @@ struct Layer {
   int64_t numel;
   int64_t layer_start;    // of the first element in the flattened layer
   uint32_t rounding_key;  // of layer and step
-  bool keeps_direction;   // the first pass leaves the direction in the gradient, where the second finds it
   Scalars scalars;
 };
 
 struct Passes {
   const char* name;
   // Renews the state of elements [begin, end) if the rule accumulates; sums[0], sums[1]: squares of weights, direction.
-  void (*first)(Algorithm, bool is_fp64, const Layer&, int64_t begin, int64_t end, double* sums);
+  // kept: null, or a place for the direction of these elements in the compute type, for the second pass; may be the
+  // gradient itself. Only for LAMB and its kin with state that is stored as it is computed.
+  void (*first)(Algorithm, bool is_fp64, const Layer&, int64_t begin, int64_t end, double* sums, void* kept);
   // Writes the new weights of elements [begin, end), and the state of a rule that does not accumulate.
-  void (*second)(Algorithm, bool is_fp64, const Layer&, int64_t begin, int64_t end);
+  void (*second)(Algorithm, bool is_fp64, const Layer&, int64_t begin, int64_t end, const void* kept);
   double (*square_sum)(const void* values, Dtype, int64_t begin, int64_t end);
 };
 

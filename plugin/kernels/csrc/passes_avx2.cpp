@@ -1,4 +1,6 @@
 // The same loops with AVX2; called only where the processor has it.
+#include <algorithm>
+
 #include "passes.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)

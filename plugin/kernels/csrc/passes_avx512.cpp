@@ -1,7 +1,11 @@
 // The same loops with AVX512 in vectors of 512 bits; called only where the processor has it.
+#include <algorithm>
+
 #include "passes.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
+
+#include <immintrin.h>
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
@@ -12,6 +16,21 @@
 
 namespace largebatch {
 #include "passes.inc"
+namespace {
+#include "fp32_avx512.inc"
+
+void first_in_vectors(Algorithm algorithm, bool is_fp64, const Layer& layer, int64_t begin, int64_t end, double* sums,
+                      void* kept) {
+  if (!fp32::can_take(algorithm, layer)) return first_dispatch(algorithm, is_fp64, layer, begin, end, sums, kept);
+  fp32::first(algorithm, layer, begin, end, sums, static_cast<float*>(kept));
+}
+
+void second_in_vectors(Algorithm algorithm, bool is_fp64, const Layer& layer, int64_t begin, int64_t end,
+                       const void* kept) {
+  if (!fp32::can_take(algorithm, layer)) return second_dispatch(algorithm, is_fp64, layer, begin, end, kept);
+  fp32::second(algorithm, layer, begin, end, static_cast<const float*>(kept));
+}
+}  // namespace
 }  // namespace largebatch
 
 #if defined(__clang__)
@@ -23,7 +42,7 @@ namespace largebatch {
 namespace largebatch {
 
 const Passes* passes_avx512() {
-  static const Passes passes{"avx512", first_dispatch, second_dispatch, square_sum_dispatch};
+  static const Passes passes{"avx512", first_in_vectors, second_in_vectors, square_sum_dispatch};
   return &passes;
 }
 

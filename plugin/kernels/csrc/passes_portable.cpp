@@ -1,4 +1,6 @@
 // For any processor: what the compiler makes of the loops for its default target.
+#include <algorithm>
+
 #include "passes.h"
 
 namespace largebatch {
