@@ -35,7 +35,8 @@ def work(arguments: argparse.Namespace) -> None:
     import torch.distributed as dist
 
     from largebatch import schedule
-    from largebatch.launch.input_pipeline import MicroBatches, load_data
+    from largebatch.launch.inputs.in_memory import load_data
+    from largebatch.launch.inputs.loading import micro_batches
     from largebatch.launch.train import import_deepspeed
     from largebatch.models.registry import build_model
 
@@ -68,7 +69,7 @@ def work(arguments: argparse.Namespace) -> None:
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=model.parameters(), config=config, optimizer=optimizer
     )
-    batches = MicroBatches(
+    batches = micro_batches(
         data.train,
         seed=SEED,
         global_batch=GLOBAL_BATCH,
@@ -85,8 +86,8 @@ def work(arguments: argparse.Namespace) -> None:
         for group in engine.optimizer.param_groups:
             group["lr"] = LEARNING_RATE * factor
         total = torch.zeros((), dtype=torch.float64, device=engine.device)
-        for micro_step in range(accumulation_steps):
-            pixels, labels = batches.micro_batch_of(step, micro_step)
+        for _ in range(accumulation_steps):
+            pixels, labels = next(batches)
             loss = torch.nn.functional.cross_entropy(engine(data.inputs(pixels, torch.float32)), labels)
             engine.backward(loss)
             engine.step()

@@ -10,12 +10,12 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from largebatch.config import is_number, nearest_hint
+from largebatch.config import is_number, nearest_hint, one_of
 from largebatch.launch.parameter_groups import check_baseline
-from largebatch.models.registry import BUILDERS
+from largebatch.models.registry import check_model
 from largebatch.schedule import scaled_lr
 
-DATA_SETS = ("digits", "mnist")
+DATA_SETS = ("digits", "mnist", "cifar10", "imagenet", "synthetic", "text")
 
 SECTION_DEFAULTS: dict[str, Any] = {
     "model": None,
@@ -160,12 +160,8 @@ def check_section(recipe: dict[str, Any]) -> dict[str, Any]:
             hint = nearest_hint(key, list(SECTION_DEFAULTS))
             raise ValueError(f"largebatch.{key} is not known{hint}; known: {', '.join(sorted(SECTION_DEFAULTS))}")
     section = SECTION_DEFAULTS | given
-    for key, choices in (("model", tuple(BUILDERS)), ("data", DATA_SETS)):
-        if section[key] not in choices:
-            hint = nearest_hint(section[key], choices) if isinstance(section[key], str) else ""
-            raise ValueError(
-                f"largebatch.{key} is {section[key]!r}; expected one of {', '.join(map(repr, choices))}{hint}"
-            )
+    check_model(section["model"], section["model_options"])
+    one_of(*DATA_SETS)("largebatch.data", section["data"])
     if (section["epochs"] is None) == (section["steps"] is None):
         raise ValueError("largebatch needs either epochs or steps, the length of training")
     for key in ("epochs", "steps", "evaluate_every_epochs", "save_every_epochs"):

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from largebatch.launch.input_pipeline import DataSet, Images
+from largebatch.launch.inputs.data_set import DataSet, Images
 
 EVALUATION_BATCH = 500
 

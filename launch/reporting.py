@@ -16,15 +16,19 @@ class Reporter:
     Args:
         path: of the metrics file; appended to. Each line is one JSON object with a key "event".
         monitor: ``engine.monitor``.
-        num_images: images of the whole run, for the time left; images_done: those before a resume.
+        num_samples: of the whole run, for the time left; samples_done: those before a resume.
+        sample_name: "images" or what else they are called.
     """
 
-    def __init__(self, path: str, monitor: Any, *, rank: int, num_images: int, images_done: int):
+    def __init__(
+        self, path: str, monitor: Any, *, rank: int, num_samples: int, samples_done: int, sample_name: str = "images"
+    ):
         self.is_writer = rank == 0
         self.monitor = monitor
         if self.is_writer:
             self.file = open(path, "a", encoding="utf-8")
-            self.num_images, self.images_done = num_images, images_done
+            self.num_samples, self.samples_done = num_samples, samples_done
+            self.sample_name = sample_name
         self.bar: tqdm | None = None
 
     def start_bar(self) -> None:
@@ -32,9 +36,9 @@ class Reporter:
         if self.is_writer:
             is_terminal = sys.stderr.isatty()
             self.bar = tqdm(
-                total=self.num_images,
-                initial=self.images_done,
-                unit="img",
+                total=self.num_samples,
+                initial=self.samples_done,
+                unit="img" if self.sample_name == "images" else self.sample_name,
                 unit_scale=True,
                 mininterval=0.5 if is_terminal else 20.0,
                 dynamic_ncols=is_terminal,
@@ -52,9 +56,9 @@ class Reporter:
         if self.is_writer:
             self.monitor.write_events([(tag, float(value), num_samples) for tag, value in values.items()])
 
-    def advance(self, num_images: int) -> None:
+    def advance(self, num_samples: int) -> None:
         if self.bar is not None:
-            self.bar.update(num_images)
+            self.bar.update(num_samples)
 
     def status(self, **values: Any) -> None:
         """Shown behind the progress bar."""

@@ -15,11 +15,10 @@ import torch.distributed as dist
 
 from largebatch.launch import checkpoints
 from largebatch.launch.arguments import Plan, apply_overrides, check_section, make_plan, parse_arguments, read_recipe
-from largebatch.launch.input_pipeline import load_data
 from largebatch.launch.parameter_groups import parameter_groups
 from largebatch.launch.reporting import Reporter, discard_after
-from largebatch.launch.training_loop import Outcome, TrainingLoop
-from largebatch.models.registry import build_model
+from largebatch.launch.task import Task, build_task
+from largebatch.launch.training_loop import Outcome, TrainingLoop, speed_name
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,10 +48,10 @@ def build(arguments) -> tuple[str, TrainingLoop, int]:
     recipe = apply_overrides(read_recipe(arguments.deepspeed_config), arguments)
     section = check_section(recipe)
     run_folder = arguments.output or default_output(arguments.deepspeed_config, section["seed"])
-    data = load_data(section["data"], arguments.data)
-    plan = make_plan(recipe, num_samples=len(data.train), world_size=world_size, output=run_folder)
+    task = build_task(section, arguments.data)
+    plan = make_plan(recipe, num_samples=task.num_samples, world_size=world_size, output=run_folder)
     torch.manual_seed(section["seed"])
-    model = build_model(section["model"], image_shape=data.image_shape, num_classes=data.num_classes)
+    model = task.build_model()
     check_run_folder(run_folder, arguments.resume)
 
     deepspeed = import_deepspeed()
@@ -71,13 +70,14 @@ def build(arguments) -> tuple[str, TrainingLoop, int]:
         metrics,
         engine.monitor,
         rank=rank,
-        num_images=plan.num_steps * plan.global_batch,
-        images_done=first_step * plan.global_batch,
+        num_samples=plan.num_steps * plan.global_batch,
+        samples_done=first_step * plan.global_batch,
+        sample_name=task.sample_name,
     )
-    announce(reporter, engine, plan, data, world_size, first_step)
+    announce(reporter, engine, plan, task, world_size, first_step)
     return (
         run_folder,
-        TrainingLoop(engine, plan, data, reporter, folder=folder, rank=rank, world_size=world_size),
+        TrainingLoop(engine, plan, task, reporter, folder=folder, rank=rank, world_size=world_size),
         first_step,
     )
 
@@ -143,13 +143,13 @@ def prepare_run_folder(run_folder: str, plan: Plan, rank: int) -> None:
     dist.barrier()
 
 
-def announce(reporter: Reporter, engine: Any, plan: Plan, data, world_size: int, first_step: int) -> None:
+def announce(reporter: Reporter, engine: Any, plan: Plan, task: Task, world_size: int, first_step: int) -> None:
     """One line with everything in force, and the filled-in config."""
     precision = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
     optimizer = plan.config["optimizer"]
     clipping = engine.gradient_clipping()
     reporter.say(
-        f"{plan.section['model']} on {data.name} ({len(data.train)} images), {optimizer['type']} lr "
+        f"{task.description}, {optimizer['type']} lr "
         f"{optimizer.get('params', {}).get('lr')}, global batch {plan.global_batch} = {plan.micro_batch} x "
         f"{plan.accumulation_steps} accumulation steps x {world_size} ranks on {engine.device.type}, {plan.num_steps} steps"
         f"{f' from step {first_step}' if first_step else ''}, {precision}, ZeRO stage {engine.zero_optimization_stage()}, "
@@ -171,15 +171,15 @@ def finish(loop: TrainingLoop, outcome: Outcome, run_folder: str) -> None:
     """The last lines of a run."""
     reporter = loop.reporter
     if outcome.is_complete:
-        reporter.event("end", step=outcome.step, images_per_second=outcome.images_per_second, **outcome.accuracy)
+        speed = {speed_name(loop.task): outcome.samples_per_second}
+        reporter.event("end", step=outcome.step, **speed, **outcome.figures)
     reporter.close()
     if loop.rank != 0:
         return
     if outcome.is_complete:
-        accuracy = outcome.accuracy
         print(
-            f"test accuracy: top-1 {accuracy['top1']:.4f}, top-5 {accuracy['top5']:.4f} after {outcome.step} steps, "
-            f"{outcome.images_per_second:.0f} images/s"
+            f"{loop.task.summary(outcome.figures)} after {outcome.step} steps, {outcome.samples_per_second:.0f} "
+            f"{loop.task.sample_name}/s"
         )
     else:
         print(f"interrupted after {outcome.step} of {loop.plan.num_steps} steps; continue with --resume")

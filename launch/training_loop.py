@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from largebatch.launch import checkpoints
 from largebatch.launch.arguments import Plan
-from largebatch.launch.evaluation import evaluate
-from largebatch.launch.input_pipeline import DataSet, Images, MicroBatches
 from largebatch.launch.reporting import Reporter
+from largebatch.launch.task import Task
 from largebatch.optim.layerwise import LayerwiseOptimizer
 
 SECONDS_BETWEEN_POLLS = 2.0
@@ -48,8 +47,8 @@ class Outcome:
 
     step: int
     is_complete: bool
-    accuracy: dict[str, float]
-    images_per_second: float
+    figures: dict[str, float]
+    samples_per_second: float
     checkpoint: str
 
 
@@ -62,51 +61,49 @@ class TrainingLoop:
     """
 
     def __init__(
-        self, engine: Any, plan: Plan, data: DataSet, reporter: Reporter, *, folder: str, rank: int, world_size: int
+        self, engine: Any, plan: Plan, task: Task, reporter: Reporter, *, folder: str, rank: int, world_size: int
     ):
-        self.engine, self.plan, self.data, self.reporter, self.folder = engine, plan, data, reporter, folder
+        self.engine, self.plan, self.task, self.reporter, self.folder = engine, plan, task, reporter, folder
         self.rank, self.world_size = rank, world_size
         self.device = engine.device
         self.dtype = next(engine.module.parameters()).dtype
-        self.test = Images(data.test.pixels.to(self.device), data.test.labels.to(self.device))
-        self.batches = MicroBatches(
-            data.train,
-            seed=plan.section["seed"],
-            global_batch=plan.global_batch,
-            micro_batch=plan.micro_batch,
-            rank=rank,
-            world_size=world_size,
-            device=self.device,
-        )
-        self.loss_function = nn.CrossEntropyLoss(label_smoothing=plan.section["label_smoothing"])
         self.interruption = Interruption()
         self.micro_steps_between_polls = 1
-        self.training_seconds, self.images_trained = 0.0, 0
+        self.training_seconds, self.samples_trained = 0.0, 0
 
     def run(self, first_step: int) -> Outcome:
         """Trains from ``first_step`` to the end, evaluating and saving on the way."""
         plan, section = self.plan, self.plan.section
-        steps_per_epoch = len(self.data.train) / plan.global_batch
-        accuracy: dict[str, float] = {}
+        steps_per_epoch = self.task.num_samples / plan.global_batch
+        batches = self.task.micro_batches(
+            seed=section["seed"],
+            global_batch=plan.global_batch,
+            micro_batch=plan.micro_batch,
+            rank=self.rank,
+            world_size=self.world_size,
+            device=self.device,
+            first_step=first_step,
+        )
+        figures: dict[str, float] = {}
         step = first_step
         self.reporter.start_bar()
         with self.interruption.watched():
             while step < plan.num_steps:
-                if not self._train_one_step(step):
+                if not self._train_one_step(step, batches):
                     checkpoint = self._save(step)
                     self.reporter.event("interrupted", step=step, checkpoint=checkpoint)
-                    return Outcome(step, False, accuracy, self._throughput(), checkpoint)
+                    return Outcome(step, False, figures, self._throughput(), checkpoint)
                 step += 1
                 is_last = step == plan.num_steps
                 if is_last or crosses(step, section["evaluate_every_epochs"] * steps_per_epoch):
-                    accuracy = self._evaluate(step)
+                    figures = self._evaluate(step)
                 if not is_last and crosses(step, (section["save_every_epochs"] or float("inf")) * steps_per_epoch):
                     self._save(step)
-            if not accuracy:
-                accuracy = self._evaluate(step)
-            return Outcome(step, True, accuracy, self._throughput(), self._save(step))
+            if not figures:
+                figures = self._evaluate(step)
+            return Outcome(step, True, figures, self._throughput(), self._save(step))
 
-    def _train_one_step(self, step: int) -> bool:
+    def _train_one_step(self, step: int, batches: Iterator[Any]) -> bool:
         """Accumulates one global batch and steps; False if interrupted before the step was taken."""
         engine, plan = self.engine, self.plan
         # dropout depends on seed, step and rank alone, so that a resumed run draws what the first would have
@@ -118,8 +115,7 @@ class TrainingLoop:
         for micro_step in range(plan.accumulation_steps):
             if micro_step % self.micro_steps_between_polls == 0 and self._is_interrupted():
                 return False
-            pixels, labels = self.batches.micro_batch_of(step, micro_step)
-            loss = self.loss_function(engine(self.data.inputs(pixels, self.dtype)).float(), labels)
+            loss = self.task.loss(engine, next(batches), dtype=self.dtype)
             engine.backward(loss)
             engine.step()
             loss_sum += loss.detach()
@@ -128,7 +124,7 @@ class TrainingLoop:
         seconds = time.perf_counter() - start
         self._tune_polling(seconds / plan.accumulation_steps)
         self.training_seconds += seconds
-        self.images_trained += plan.global_batch
+        self.samples_trained += plan.global_batch
         self._report(step + 1, lr, mean_loss, plan.global_batch / seconds)
         return True
 
@@ -152,21 +148,21 @@ class TrainingLoop:
             dist.broadcast(interval, src=0)
         self.micro_steps_between_polls = int(interval.item())
 
-    def _report(self, step: int, lr: float, loss: float, images_per_second: float) -> None:
+    def _report(self, step: int, lr: float, loss: float, samples_per_second: float) -> None:
         engine, section = self.engine, self.plan.section
         num_samples = step * self.plan.global_batch
-        scalars = {"Train/loss": loss, "Train/lr": lr, "Train/images_per_second": images_per_second}
+        scalars = {"Train/loss": loss, "Train/lr": lr, f"Train/{speed_name(self.task)}": samples_per_second}
         if engine.fp16_enabled():
             scalars["Train/loss_scale"] = engine.optimizer.loss_scale
         self.reporter.status(loss=f"{loss:.4f}", lr=f"{lr:.4g}", step=f"{step}/{self.plan.num_steps}")
         self.reporter.event(
             "step",
             step=step,
-            epoch=num_samples / len(self.data.train),
+            epoch=num_samples / self.task.num_samples,
             loss=loss,
             lr=lr,
-            images_per_second=images_per_second,
             is_applied=engine.was_step_applied(),
+            **{speed_name(self.task): samples_per_second},
             **({"loss_scale": scalars["Train/loss_scale"]} if "Train/loss_scale" in scalars else {}),
         )
         optimizer = engine.basic_optimizer
@@ -180,19 +176,23 @@ class TrainingLoop:
         self.reporter.scalars(scalars, num_samples)
 
     def _evaluate(self, step: int) -> dict[str, float]:
-        accuracy = evaluate(
-            self.engine.module, self.data, self.test, dtype=self.dtype, rank=self.rank, world_size=self.world_size
+        figures = self.task.evaluate(
+            self.engine.module, dtype=self.dtype, rank=self.rank, world_size=self.world_size, device=self.device
         )
         num_samples = step * self.plan.global_batch
-        self.reporter.event("evaluation", step=step, epoch=num_samples / len(self.data.train), **accuracy)
-        self.reporter.scalars({f"Test/{name}": value for name, value in accuracy.items()}, num_samples)
-        return accuracy
+        self.reporter.event("evaluation", step=step, epoch=num_samples / self.task.num_samples, **figures)
+        self.reporter.scalars({f"Test/{name}": value for name, value in figures.items()}, num_samples)
+        return figures
 
     def _save(self, step: int) -> str:
         return checkpoints.save(self.engine, self.folder, step, local_rank=self.engine.local_rank)
 
     def _throughput(self) -> float:
-        return self.images_trained / self.training_seconds if self.training_seconds else 0.0
+        return self.samples_trained / self.training_seconds if self.training_seconds else 0.0
+
+
+def speed_name(task: Task) -> str:
+    return "images_per_second" if task.sample_name == "images" else "samples_per_second"
 
 
 def crosses(step: int, interval: float) -> bool:

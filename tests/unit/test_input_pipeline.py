@@ -5,7 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from largebatch.launch.input_pipeline import Images, MicroBatches, SampleOrder, load_data
+from largebatch.launch.inputs.data_set import Images
+from largebatch.launch.inputs.in_memory import load_data
+from largebatch.launch.inputs.loading import micro_batches
+from largebatch.launch.inputs.sample_order import SampleOrder
 
 
 def test_an_epoch_is_a_permutation_and_each_is_another():
@@ -18,9 +21,9 @@ def test_an_epoch_is_a_permutation_and_each_is_another():
     assert not torch.equal(SampleOrder(100, seed=4).indices(0, 100), epochs[0])
 
 
-def batches(num_samples, micro, accumulation, world, rank, seed=1):
+def batches(num_samples, micro, accumulation, world, rank, step, seed=1):
     images = Images(torch.arange(num_samples, dtype=torch.int32).view(-1, 1, 1, 1), torch.arange(num_samples))
-    return MicroBatches(
+    return micro_batches(
         images,
         seed=seed,
         global_batch=micro * accumulation * world,
@@ -28,6 +31,7 @@ def batches(num_samples, micro, accumulation, world, rank, seed=1):
         rank=rank,
         world_size=world,
         device=torch.device("cpu"),
+        first_step=step,
     )
 
 
@@ -41,9 +45,9 @@ def test_global_batches_do_not_depend_on_micro_batch_and_world_size(num_samples,
     micro, accumulation, world = cut
     seen = []
     for rank in range(world):
-        stream = batches(num_samples, micro, accumulation, world, rank)
-        for micro_step in range(accumulation):
-            pixels, labels = stream.micro_batch_of(step, micro_step)
+        stream = batches(num_samples, micro, accumulation, world, rank, step)
+        for _ in range(accumulation):
+            pixels, labels = next(stream)
             assert torch.equal(pixels.flatten().long(), labels)
             seen.extend(labels.tolist())
     whole = SampleOrder(num_samples, seed=1).indices(step * 12, (step + 1) * 12)

@@ -9,7 +9,7 @@ import torch
 
 import largebatch.ds_configs
 from largebatch.launch.arguments import apply_overrides, make_plan, parse_arguments, read_recipe, set_entry
-from largebatch.launch.input_pipeline import load_digits
+from largebatch.launch.inputs.in_memory import load_digits
 from largebatch.lr_schedulers import SCHEDULERS
 from largebatch.models.registry import build_model
 from largebatch.register import OPTIMIZERS
