@@ -14,9 +14,11 @@ import torch
 import torch.distributed as dist
 
 from largebatch.launch import checkpoints
-from largebatch.launch.arguments import Plan, apply_overrides, check_section, make_plan, parse_arguments, read_recipe
+from largebatch.launch.arguments import apply_overrides, parse_arguments, read_recipe
 from largebatch.launch.parameter_groups import parameter_groups
+from largebatch.launch.recipe_section import check_section
 from largebatch.launch.reporting import Reporter, discard_after
+from largebatch.launch.run_plan import Plan, make_plan
 from largebatch.launch.task import Task, build_task
 from largebatch.launch.training_loop import Outcome, TrainingLoop, speed_name
 

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from largebatch.launch import checkpoints
-from largebatch.launch.arguments import Plan
 from largebatch.launch.reporting import Reporter
+from largebatch.launch.run_plan import Plan
 from largebatch.launch.task import Task
 from largebatch.optim.layerwise import LayerwiseOptimizer
 
