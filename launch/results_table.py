@@ -6,13 +6,12 @@ Runs that differ in nothing but the seed share a row, with mean and sample stand
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
 from dataclasses import dataclass
 from typing import Any
 
-from largebatch.launch.study.results import trained_with
+from largebatch.launch.study.results import events_of, figures_of, mean_and_spread, speed_of, trained_with
 
 
 @dataclass(frozen=True)
@@ -21,8 +20,9 @@ class Run:
 
     config: dict[str, Any]
     num_steps: int
-    top1: float
-    images_per_second: float
+    metric: str
+    value: float
+    samples_per_second: float
 
     @property
     def row_key(self) -> str:
@@ -39,16 +39,13 @@ class Run:
 
 def read_run(folder: str) -> Run | None:
     """The run in a folder; None if it has not ended."""
-    path = os.path.join(folder, "metrics.jsonl")
-    if not os.path.exists(path):
-        return None
-    with open(path, encoding="utf-8") as file:
-        events = [json.loads(line) for line in file]
+    events = events_of(folder)
     start = next((e for e in events if e["event"] == "start"), None)
     end = next((e for e in events if e["event"] == "end"), None)
     if start is None or end is None:
         return None
-    return Run(start["config"], end["step"], end["top1"], end["images_per_second"])
+    metric, value = next(iter(figures_of(end).items()))
+    return Run(start["config"], end["step"], metric, value, speed_of(end))
 
 
 def table(runs: list[Run]) -> str:
@@ -57,18 +54,16 @@ def table(runs: list[Run]) -> str:
     for run in runs:
         rows.setdefault(run.row_key, []).append(run)
     lines = [
-        "| optimizer | lr | global batch | steps | test accuracy | runs | images/s |",
+        f"| optimizer | lr | global batch | steps | test {runs[0].metric} | runs | samples/s |",
         "|---|---|---|---|---|---|---|",
     ]
     for group in rows.values():
         first = group[0]
         optimizer = first.config["optimizer"]
-        accuracies = [run.top1 for run in group]
-        spread = f" ± {statistics.stdev(accuracies):.4f}" if len(group) > 1 else ""
-        speed = statistics.median(run.images_per_second for run in group)
+        speed = statistics.median(run.samples_per_second for run in group)
         lines.append(
             f"| {optimizer['type']} | {optimizer['params'].get('lr'):.4g} | {first.config['train_batch_size']:,} "
-            f"| {first.num_steps} | {statistics.mean(accuracies):.4f}{spread} | {len(group)} | {speed:,.0f} |"
+            f"| {first.num_steps} | {mean_and_spread([run.value for run in group])} | {len(group)} | {speed:,.0f} |"
         )
     return "\n".join(lines)
 

@@ -1,5 +1,7 @@
 """Pictures of a study: accuracy against batch, accuracy against steps, and every layer's local learning rate.
 
+The last of them for any run: python -m largebatch.launch.study.plots RUN_FOLDER OUT.png
+
 Needs matplotlib, the extra ``plots``. The layers' figures are those of arXiv:1708.03888, section 4 (Figure 2 and Table 2
 there show norms and their ratio by layer): trust ratio, local learning rate and the two norms, from a run's telemetry.
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import statistics
+import sys
 from typing import Any
 
 from largebatch.launch.study.results import Row, by_cell, events_of
@@ -128,3 +131,14 @@ def draw_all(rows: list[Row], study_folder: str) -> list[str]:
         name = f"layers_{row.folder}.png"
         paths.append(plot_layers(os.path.join(study_folder, row.folder), os.path.join(study_folder, name)))
     return [path for path in paths if path is not None]
+
+
+def main(folder: str, path: str) -> int:
+    if plot_layers(folder, path) is None:
+        print(f"largebatch: error: no events 'layers' in {os.path.join(folder, 'metrics.jsonl')}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

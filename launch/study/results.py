@@ -10,13 +10,15 @@ import statistics
 from dataclasses import astuple, dataclass, fields
 from typing import Any
 
-from largebatch.launch.arguments import SECTION_DEFAULTS
+from largebatch.launch.recipe_section import SECTION_DEFAULTS
 from largebatch.launch.study.grid import GridRun
 
 NOT_A_SETTING = (
     "source", "expected", "hardware", "layer_stats_every_steps", "evaluate_every_epochs", "save_every_epochs"
 )  # fmt: skip
 """Keys of the "largebatch" section that change nothing in the training."""
+
+SPEEDS = ("images_per_second", "samples_per_second")
 
 
 def events_of(folder: str) -> list[dict[str, Any]]:
@@ -38,6 +40,16 @@ def events_of(folder: str) -> list[dict[str, Any]]:
 def trained_with(section: dict[str, Any]) -> dict[str, Any]:
     """The "largebatch" section with its defaults, without the keys that change nothing in the training."""
     return {key: value for key, value in (SECTION_DEFAULTS | section).items() if key not in NOT_A_SETTING}
+
+
+def speed_of(end: dict[str, Any]) -> float:
+    """Samples a second of an event "end"."""
+    return next(end[name] for name in SPEEDS if name in end)
+
+
+def figures_of(end: dict[str, Any]) -> dict[str, float]:
+    """What the model was found to do on the test set at the end of a run; the first is the figure of merit."""
+    return {name: value for name, value in end.items() if name not in ("event", "step", *SPEEDS)}
 
 
 @dataclass(frozen=True)
@@ -72,7 +84,7 @@ def read_row(run: GridRun, folder: str, metric: str | None) -> Row | None:
     """The row of a run; None if it has not ended.
 
     Args:
-        metric: a name in the run's "end" event; None: top1, or else the first figure there.
+        metric: a name in the run's "end" event; None: the first figure there, which is the one of merit.
 
     Raises:
         ValueError: the run has no such figure.
@@ -82,8 +94,8 @@ def read_row(run: GridRun, folder: str, metric: str | None) -> Row | None:
     end = next((e for e in reversed(events) if e["event"] == "end"), None)
     if start is None or end is None:
         return None
-    figures = [k for k in end if k not in ("event", "step", "images_per_second", "samples_per_second")]
-    name = metric or ("top1" if "top1" in figures else figures[0])
+    figures = figures_of(end)
+    name = metric or next(iter(figures))
     if name not in figures:
         raise ValueError(
             f"--metric is {name!r}; expected one of {', '.join(figures)}, which the run in {folder!r} ends with"
@@ -98,12 +110,12 @@ def read_row(run: GridRun, folder: str, metric: str | None) -> Row | None:
         seed=section["seed"],
         lr=config["optimizer"]["params"].get("lr"),
         steps=end["step"],
-        epochs=round(steps[-1]["epoch"], 3),
+        epochs=float(f"{steps[-1]['epoch']:.6g}"),
         metric=name,
         value=end[name],
         final_loss=steps[-1]["loss"],
         is_diverged=not all(math.isfinite(e["loss"]) for e in steps),
-        samples_per_second=round(end.get("images_per_second", end.get("samples_per_second", math.nan)), 1),
+        samples_per_second=round(speed_of(end), 1),
         ranks=start["world_size"],
         recipe=run.cell.origin,
         folder=os.path.basename(folder),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import largebatch.ds_configs
 from largebatch.launch import study_command
-from largebatch.launch.arguments import make_plan
+from largebatch.launch.run_plan import make_plan
 from largebatch.launch.study import grid, plots, results, runner
 
 RECIPES = pathlib.Path(largebatch.ds_configs.__file__).parent
@@ -271,6 +271,17 @@ def test_the_metric_may_be_another(trained, tmp_path, capsys):
     assert {row["value"] for row in rows_of(tmp_path)} == {"0.99"}
     assert study(tmp_path, "--metric", "top2") == 2
     assert "--metric is 'top2'; expected one of top1, top5" in capsys.readouterr().err
+
+
+def test_layers_of_one_run(tmp_path, capsys):
+    picture = tmp_path / "layers.png"
+    recipe = cell("lars", 1024).recipe
+    recipe["largebatch"]["seed"] = 1
+    write_metrics(tmp_path / "run", recipe)
+    assert plots.main(str(tmp_path / "run"), str(picture)) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert plots.main(str(tmp_path), str(picture)) == 2
+    assert "no events 'layers' in" in capsys.readouterr().err
 
 
 def test_durations():
