@@ -10,7 +10,8 @@ from typing import Any
 
 from largebatch.config import nearest_hint
 from largebatch.launch.recipe_files import find_recipe, load_recipes
-from largebatch.launch.run_plan import make_plan
+from largebatch.launch.recipe_section import stage_recipes
+from largebatch.launch.run_plan import Plan, make_plan
 from largebatch.schedule import scaled_lr
 
 NUM_SAMPLES = {"imagenet": 1_281_167, "cifar10": 50_000, "mnist": 60_000, "digits": 1_437}
@@ -168,15 +169,23 @@ def show(arguments: argparse.Namespace) -> int:
         raise ValueError(
             f"--num-samples is {arguments.num_samples}; {path.stem} needs the size of its training set ({data})"
         )
-    plan = make_plan(recipe, num_samples=num_samples, world_size=arguments.ranks, output=path.stem)
-    config = {key: value for key, value in plan.config.items() if key != "tensorboard"}
+    stages = stage_recipes(recipe)
+    plans = [make_plan(s, num_samples=num_samples, world_size=arguments.ranks, output=path.stem) for s in stages]
+    configs = [{key: value for key, value in plan.config.items() if key != "tensorboard"} for plan in plans]
     if not arguments.json:
         row = row_of(path.stem, recipe)
-        print(f"{path.stem}: {row['model']} on {data} ({num_samples:,} samples), {row['optimizer']} lr {row['lr']:.6g}")
-        print(
-            f"global batch {plan.global_batch} = {plan.micro_batch} x {plan.accumulation_steps} accumulation steps x "
-            f"{arguments.ranks} ranks, {plan.num_steps} steps of which {plan.global_batch / num_samples:.3g} epochs each"
-        )
+        print(f"{path.stem}: {row['model']} on {data} ({num_samples:,} samples)")
         print(f"expected: {accuracy(row['expected'])}\nsource: {row['source']}\nhardware: {row['hardware']}")
-    print(json.dumps(config, indent=2, ensure_ascii=False))
+        for plan in plans:
+            print(summary(plan, num_samples, arguments.ranks))
+    print(json.dumps(configs if len(configs) > 1 else configs[0], indent=2, ensure_ascii=False))
     return 0
+
+
+def summary(plan: Plan, num_samples: int, num_ranks: int) -> str:
+    optimizer = plan.config["optimizer"]
+    return (
+        f"{plan.num_steps:,} steps ({plan.num_steps * plan.global_batch / num_samples:.4g} epochs) of {plan.global_batch:,} = "
+        f"{plan.micro_batch} x {plan.accumulation_steps} accumulation steps x {num_ranks} ranks, {optimizer['type']} "
+        f"lr {optimizer['params']['lr']:.6g}"
+    )
