@@ -112,7 +112,6 @@ class SentencePairs:
         if is_random:
             second_begin = int(random.integers(self.sentences.num_sentences - 1))
             second_begin += second_begin >= border  # anywhere but where A ends
-            second_begin %= self.sentences.num_sentences
             second_end = self._end_of_run(second_begin, target - int(starts[border] - starts[begin]))
         first, second = (
             self.sentences.tokens[starts[a] : starts[b]] for a, b in ((begin, border), (second_begin, second_end))
