@@ -9,6 +9,7 @@ import os
 from typing import Any
 
 from largebatch.config import nearest_hint
+from largebatch.launch.recipe_files import find_recipe
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -17,7 +18,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         description="Trains the model and data set of a recipe. The recipe is a DeepSpeed JSON with a 'largebatch' section.",
         allow_abbrev=False,
     )
-    parser.add_argument("--deepspeed_config", required=True, metavar="JSON", help="the recipe, e.g. ds_configs/*.json")
+    parser.add_argument(
+        "--deepspeed_config", required=True, metavar="JSON", help="a recipe: a file, or a name of `largebatch recipes`"
+    )
     parser.add_argument("--data", metavar="DIR", help="folder of the data set (not needed for digits)")
     parser.add_argument("--output", metavar="DIR", help="where results go (default: runs/<recipe>_seed<seed>)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --output from its last checkpoint")
@@ -38,11 +41,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def read_recipe(path: str) -> dict[str, Any]:
-    """The JSON as it is.
+    """The JSON as it is: a file, or by its bare name a recipe that comes with the package.
 
     Raises:
         ValueError: no such file, or not a JSON object.
     """
+    if not os.path.dirname(path) and not path.endswith(".json") and not os.path.exists(path):
+        path = str(find_recipe(path))
     try:
         with open(path, encoding="utf-8") as file:
             recipe = json.load(file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from typing import Any
@@ -24,12 +25,14 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 1 if no recipe matches, 2 after one line that says what is wrong with the request."""
     arguments = parse_arguments(argv)
     try:
-        return show(arguments) if arguments.command == "show" else list_recipes(arguments)
+        code = show(arguments) if arguments.command == "show" else list_recipes(arguments)
+        sys.stdout.flush()
+        return code
     except (ValueError, TypeError) as error:
         print(f"largebatch: error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `| head` has seen enough
-        sys.stdout = None
+    except BrokenPipeError:  # `| head` has seen enough, and would again at the interpreter's last flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
@@ -108,7 +111,7 @@ def matches(row: dict[str, Any], arguments: argparse.Namespace, rows: list[dict[
             continue
         known = sorted({other[column] for other in rows})
         if wanted.lower() not in [value.lower() for value in known]:
-            hint = nearest_hint(wanted, known) or nearest_hint(wanted.upper(), known)
+            hint = nearest_hint(wanted, [value.lower() for value in known])
             raise ValueError(f"--{column} is {wanted!r}; the recipes have {', '.join(known)}{hint}")
         if row[column].lower() != wanted.lower():
             return False
@@ -164,11 +167,11 @@ def show(arguments: argparse.Namespace) -> int:
     if arguments.ranks < 1:
         raise ValueError(f"--ranks is {arguments.ranks}; expected a number >= 1")
     data = recipe["largebatch"]["data"]
+    if arguments.num_samples is not None and arguments.num_samples < 1:
+        raise ValueError(f"--num-samples is {arguments.num_samples}; expected a number >= 1")
     num_samples = arguments.num_samples or NUM_SAMPLES.get(data)
-    if num_samples is None or num_samples < 1:
-        raise ValueError(
-            f"--num-samples is {arguments.num_samples}; {path.stem} needs the size of its training set ({data})"
-        )
+    if num_samples is None:
+        raise ValueError(f"{path.stem} needs --num-samples: the size of its training set ({data}) is yours")
     stages = stage_recipes(recipe)
     plans = [make_plan(s, num_samples=num_samples, world_size=arguments.ranks, output=path.stem) for s in stages]
     configs = [{key: value for key, value in plan.config.items() if key != "tensorboard"} for plan in plans]
