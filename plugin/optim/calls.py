@@ -13,6 +13,7 @@ from torch import Tensor
 from largebatch.config import SharedOptions
 from largebatch.exclusion import LayerPolicy
 from largebatch.kernels.interface import Kernels, LayerFigures, Segments, Span
+from largebatch.layer_map.dtensor import local_part
 from largebatch.layer_map.reduce import all_reduce_sums_
 from largebatch.layer_map.segment import LayerMap
 from largebatch.optim.state import needs_step
@@ -27,7 +28,8 @@ class Call:
     """
 
     segments: Segments
-    process_group: dist.ProcessGroup | None
+    process_groups: tuple[dist.ProcessGroup, ...]
+    """The ranks that hold the rest of the layers: sums are added over each group in turn; empty if there are none."""
     kernels: Kernels
     policies: list[LayerPolicy] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
@@ -49,8 +51,8 @@ class Call:
     ) -> None:
         """Takes in a tensor: a whole parameter, or a flat partition with its layers."""
         segments, first_row, index = self.segments, len(self.policies), len(self.positions)
-        segments.weights.append(tensor)
-        segments.states.append(tuple(state[name] for name in segments.rule.elementwise_state))
+        segments.weights.append(local_part(tensor))
+        segments.states.append(tuple(local_part(state[name]) for name in segments.rule.elementwise_state))
         if needs_step(segments.rule, segments.states[-1][0].dtype):
             segments.steps.append(state["step"])
         # a layer has at most one segment in a partition
@@ -68,7 +70,7 @@ class Call:
     @property
     def is_local(self) -> bool:
         """Whether no layer of this call has a part on another rank."""
-        return self.process_group is None or dist.get_world_size(self.process_group) == 1
+        return all(dist.get_world_size(group) == 1 for group in self.process_groups)
 
     def step_(self, grad_scale: Tensor | None) -> LayerFigures:
         """A whole step of a call that is local, by a backend that can do it at once."""
@@ -125,13 +127,12 @@ class Call:
 
 def sums_over_ranks(calls: list[Call], sums: list[Tensor]) -> list[Tensor]:
     """The sums of each call over whole layers: one collective for each process group that has a part in the step."""
-    for process_group in dict.fromkeys(call.process_group for call in calls):
-        if process_group is None:
-            continue
-        mine = [i for i, call in enumerate(calls) if call.process_group is process_group]
+    for process_groups in dict.fromkeys(call.process_groups for call in calls if call.process_groups):
+        mine = [i for i, call in enumerate(calls) if call.process_groups == process_groups]
         together = torch.cat([sums[i].to(calls[mine[0]].segments.device) for i in mine])
-        reduced = all_reduce_sums_(together, process_group).split([len(sums[i]) for i in mine])
-        for i, part in zip(mine, reduced, strict=True):
+        for process_group in process_groups:
+            together = all_reduce_sums_(together, process_group)
+        for i, part in zip(mine, together.split([len(sums[i]) for i in mine]), strict=True):
             sums[i] = part.to(calls[i].segments.device)
     return sums
 

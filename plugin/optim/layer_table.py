@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from largebatch.exclusion import KINDS, LayerPolicy, ParameterIdentity, identities, policy_of
+from largebatch.layer_map.dtensor import layer_map_of, process_groups_of
 from largebatch.layer_map.partition import Partition
 from largebatch.layer_map.segment import LayerMap, whole_layer
 
@@ -66,19 +68,23 @@ class LayerTable:
                 assert parameter in self.policies, "a partition holds a parameter that this optimizer was not given"
         self.partitions = dict(partitions)
 
-    def layout_of(self, tensor: Tensor) -> tuple[LayerMap, list[LayerPolicy], dist.ProcessGroup | None]:
-        """Which layers a tensor holds, how they are treated, and which ranks hold the rest of them.
+    def layout_of(self, tensor: Tensor) -> tuple[LayerMap, list[LayerPolicy], tuple[dist.ProcessGroup, ...]]:
+        """Which layers a tensor holds, how they are treated, and the groups of ranks that hold the rest of them.
 
         Raises:
             RuntimeError: the tensor is neither a parameter nor a known partition of some.
         """
         partition = self.partitions.get(tensor)
         if partition is not None:
-            return partition.layer_map, [self.policies[p] for p in partition.parameters], partition.process_group
+            groups = () if partition.process_group is None else (partition.process_group,)
+            return partition.layer_map, [self.policies[p] for p in partition.parameters], groups
         if tensor in self.policies:
-            return whole_layer(tensor.numel()), [self.policies[tensor]], None
+            if isinstance(tensor, DTensor):
+                return layer_map_of(tensor), [self.policies[tensor]], process_groups_of(tensor)
+            return whole_layer(tensor.numel()), [self.policies[tensor]], ()
         raise RuntimeError(
             f"the optimizer was handed a tensor of {tensor.numel()} elements that is none of the parameters it was built "
             "with. A wrapper (DeepSpeed ZeRO, FSDP) has replaced them, and norms over what it hands out would not be the "
-            "norms of layers. With DeepSpeed, call largebatch.register() before deepspeed.initialize()"
+            "norms of layers. With DeepSpeed, call largebatch.register() before deepspeed.initialize(); with FSDP, build the "
+            "optimizer after fully_shard()"
         )

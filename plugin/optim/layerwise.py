@@ -11,12 +11,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from largebatch.config import GlobalOptions, SharedOptions, check_option_names, check_preset
 from largebatch.exclusion import LayerPolicy
 from largebatch.kernels import dispatch
 from largebatch.kernels.interface import LayerFigures, Segments
 from largebatch.kernels.reference import compute_dtype
+from largebatch.layer_map.dtensor import local_part
 from largebatch.layer_map.partition import Partition
 from largebatch.optim.calls import Call, sums_over_ranks
 from largebatch.optim.layer_table import LayerTable
@@ -160,11 +162,13 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         if not calls:
             return loss
         found_inf = getattr(self, "found_inf", None)  # both set by torch.amp.GradScaler for the time of this call
-        if found_inf is not None and found_inf.device.type == "cpu" and found_inf:
+        are_local = all(call.is_local for call in calls)
+        # other ranks may have found none: where layers are cut, a NaN in the sums tells them
+        if found_inf is not None and found_inf.device.type == "cpu" and found_inf and are_local:
             self._count_skipped_step(found_inf)
             return loss
-        grad_scale = self._grad_scale(calls, found_inf)
-        if all(call.kernels.is_fused and call.is_local for call in calls):
+        grad_scale = self._grad_scale(calls, found_inf, are_local)
+        if are_local and all(call.kernels.is_fused for call in calls):
             figures = [call.step_(grad_scale) for call in calls]
         else:
             sums = sums_over_ranks(calls, [call.sums(grad_scale) for call in calls])
@@ -208,36 +212,43 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
                 partition = self._table.partitions.get(tensor)
                 assert partition is None or partition.process_group is None
                 continue
-            if tensor.grad.layout is not torch.strided:
+            if local_part(tensor.grad).layout is not torch.strided:
                 raise RuntimeError(f"{type(self).__name__} does not support sparse gradients; use a dense embedding")
             state = self._state_of(tensor, rule)
-            layer_map, policies, process_group = self._table.layout_of(tensor)
+            layer_map, policies, process_groups = self._table.layout_of(tensor)
+            if process_groups and state[rule.elementwise_state[0]].dtype == torch.bfloat16 and isinstance(tensor, DTensor):
+                raise RuntimeError(
+                    "state_dtype is 'bf16' and a parameter is a DTensor; the random bits of the rounding would depend on the "
+                    "sharding. Set state_dtype to 'fp32'"
+                )
             dtype = compute_dtype(tensor.dtype)
-            key = (tensor.device, tensor.dtype, tensor.grad.dtype, process_group)
+            key = (tensor.device, tensor.dtype, tensor.grad.dtype, process_groups)
             if key not in calls:
                 kernels = dispatch.choose(tensor.device.type, self.kernels)
-                calls[key] = Call(Segments(rule, tensor.device, dtype), process_group, kernels)
+                calls[key] = Call(Segments(rule, tensor.device, dtype), process_groups, kernels)
                 # an engine's gradient buffers are its own and die with the step
                 is_engines = all(t in self._table.partitions for t in group["params"])
                 calls[key].segments.may_overwrite_grads = self.overwrite_grads or is_engines
             calls[key].add(position, tensor, state, layer_map, policies, options)
         return list(calls.values())
 
-    def _grad_scale(self, calls: list[Call], found_inf: Tensor | None) -> Tensor | None:
+    def _grad_scale(self, calls: list[Call], found_inf: Tensor | None, are_local: bool) -> Tensor | None:
         """0-dim fp64 factor of all gradients: out of the loss scale, and down to max_grad_norm (NVLAMB's pre-clip).
 
-        NaN where a GradScaler has found an overflow on the device, so that no layer moves and nobody has to wait.
+        NaN where a GradScaler has found an overflow on the device, so that no layer moves and nobody has to wait, or on
+        one of several ranks that share layers, so that none of them moves.
         """
         scale = getattr(self, "grad_scale", None)
         factor = None if scale is None else scale.double().reciprocal()
-        if found_inf is not None and found_inf.device.type != "cpu":
+        if found_inf is not None and (found_inf.device.type != "cpu" or not are_local):
             factor = torch.where(found_inf > 0, torch.nan, 1.0 if factor is None else factor).double()
         if self.max_grad_norm is None:
             return factor
-        if any(call.process_group is not None for call in calls):
+        if any(call.process_groups for call in calls):
             raise RuntimeError(
-                f"max_grad_norm={self.max_grad_norm} needs the norm of all gradients, and a sharded engine hands them "
-                'out in parts; set max_grad_norm to null and the engine\'s "gradient_clipping" to the value'
+                f"max_grad_norm={self.max_grad_norm} needs the norm of all gradients, and here they come in parts; set "
+                'max_grad_norm to null (None) and DeepSpeed\'s "gradient_clipping" to the value, or, with FSDP, call '
+                "torch.nn.utils.clip_grad_norm_ before step()"
             )
         home = calls[0].segments.device
         norm = torch.stack([c.kernels.square_sums(c.segments.grads).sum().to(home) for c in calls]).sum().sqrt()

@@ -13,8 +13,10 @@ from operator import attrgetter, is_
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from largebatch.config import LEARNING_RATE
+from largebatch.layer_map.dtensor import local_gradient, local_part
 from largebatch.optim.calls import Call
 
 GRAD = attrgetter("grad")
@@ -23,6 +25,12 @@ GRAD = attrgetter("grad")
 def are_same(first: list[Any], second: list[Any]) -> bool:
     """Whether two lists hold the same objects, compared by identity."""
     return len(first) == len(second) and all(map(is_, first, second))
+
+
+def place_of(parameter: Tensor) -> tuple:
+    """Address and layout of what this rank holds of a parameter; a DTensor gives a new view of it at every call."""
+    local = local_part(parameter)
+    return local.data_ptr(), local.shape, local.stride()
 
 
 @dataclass
@@ -41,6 +49,8 @@ class GroupPlan:
     """Those of the tensors with a gradient."""
     state_tensors: list[Any]
     calls: list[Call]
+    local_places: list[tuple] | None
+    """Where in memory lies what this rank holds of each parameter, if any is a DTensor."""
 
     def renew(self, optimizer_state: Mapping[Tensor, dict[str, Any]]) -> bool:
         """Hands this step's gradients and learning rate to the calls; False if anything else has changed."""
@@ -49,7 +59,12 @@ class GroupPlan:
             return False
         if [group[name] for name in self.option_names] != self.option_values:
             return False
-        grads = list(map(GRAD, self.params))
+        if self.local_places is None:
+            grads = list(map(GRAD, self.params))
+        else:
+            if list(map(place_of, self.params)) != self.local_places:
+                return False
+            grads = list(map(local_gradient, self.params))
         if list(map(is_, grads, repeat(None))) != self.lacks_grad:
             return False
         if not all(call.kernels.is_current(call.segments) for call in self.calls):
@@ -89,4 +104,5 @@ def plan_group(
         states,
         list(chain.from_iterable(map(dict.values, states))),
         calls,
+        list(map(place_of, params)) if any(isinstance(p, DTensor) for p in params) else None,
     )
