@@ -35,8 +35,8 @@ def work(arguments: argparse.Namespace) -> None:
     import torch.distributed as dist
 
     from largebatch import schedule
-    from largebatch.launch.inputs.in_memory import load_data
-    from largebatch.launch.inputs.loading import micro_batches
+    from largebatch.launch.inputs.sources import load_data
+    from largebatch.launch.inputs.loading import ImageLoader
     from largebatch.launch.train import import_deepspeed
     from largebatch.models.registry import build_model
 
@@ -69,8 +69,7 @@ def work(arguments: argparse.Namespace) -> None:
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=model.parameters(), config=config, optimizer=optimizer
     )
-    batches = micro_batches(
-        data.train,
+    batches = ImageLoader(data).micro_batches(
         seed=SEED,
         global_batch=GLOBAL_BATCH,
         micro_batch=MICRO_BATCH,
@@ -87,7 +86,7 @@ def work(arguments: argparse.Namespace) -> None:
             group["lr"] = LEARNING_RATE * factor
         total = torch.zeros((), dtype=torch.float64, device=engine.device)
         for _ in range(accumulation_steps):
-            pixels, labels = next(batches)
+            pixels, labels, _ = next(batches)
             loss = torch.nn.functional.cross_entropy(engine(data.inputs(pixels, torch.float32)), labels)
             engine.backward(loss)
             engine.step()

@@ -8,6 +8,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import pathlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -40,3 +42,26 @@ def rank_pool():
     pool = RankPool()
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def cifar10_folder(tmp_path_factory):
+    """A folder with cifar-10-batches-py/; tests that need it are skipped where there is neither that nor the packed form."""
+    folder = pathlib.Path(os.environ.get("LARGEBATCH_TEST_DATA", SHARED_DATA))
+    if (folder / "cifar-10-batches-py").is_dir():
+        return str(folder)
+    unpack = folder / "cifar10-packed" / "unpack.py"
+    if not unpack.is_file():
+        pytest.skip(f"no CIFAR-10 under {folder}; set LARGEBATCH_TEST_DATA to a folder that holds cifar-10-batches-py/")
+    unpacked = tmp_path_factory.mktemp("cifar10")
+    subprocess.run([sys.executable, str(unpack), str(unpacked)], check=True, stdout=subprocess.DEVNULL)
+    return str(unpacked)
+
+
+@pytest.fixture(scope="session")
+def image_folder():
+    """A folder with train/ and val/ full of photographs; tests that need it are skipped where it is absent."""
+    folder = pathlib.Path(os.environ.get("LARGEBATCH_TEST_DATA", SHARED_DATA)) / "imagefolder"
+    if not (folder / "train").is_dir():
+        pytest.skip(f"no folder {folder}; set LARGEBATCH_TEST_DATA to a folder that holds imagefolder/train and val")
+    return str(folder)

@@ -1,28 +1,13 @@
-"""Data sets that fit into memory, read from disk as a whole."""
+"""Data sets that fit into memory, read from disk as a whole; nothing is downloaded."""
 
 from __future__ import annotations
 
 import os
 
 import torch
+from torch import Tensor
 
 from largebatch.launch.inputs.data_set import DataSet, Images
-
-
-def load_data(name: str, folder: str | None) -> DataSet:
-    """Reads a data set from disk; downloads nothing.
-
-    Raises:
-        ValueError: the folder is missing or does not hold the data set; says what was looked for.
-    """
-    if name == "digits":
-        if folder is not None:
-            raise ValueError(f"--data is {folder!r}, but the digits come with scikit-learn; leave --data out")
-        return load_digits()
-    assert name == "mnist"
-    if folder is None:
-        raise ValueError("--data is missing; mnist needs the folder that holds MNIST/ (as torchvision lays it out)")
-    return load_mnist(folder)
 
 
 def load_digits() -> DataSet:
@@ -42,13 +27,14 @@ def load_digits() -> DataSet:
 
 
 def load_mnist(folder: str) -> DataSet:
-    """MNIST through torchvision: 60,000 digits to train and 10,000 to test, 28 x 28 pixels."""
+    """MNIST through torchvision: 60,000 digits to train and 10,000 to test, 28 x 28 pixels.
+
+    Raises:
+        ValueError: the folder does not hold it.
+    """
     from torchvision.datasets import MNIST
 
-    if not os.path.isdir(folder):
-        raise ValueError(
-            f"--data is {folder!r}, which is not a folder; expected one that holds MNIST/raw or MNIST/processed"
-        )
+    check_folder(folder, "MNIST/raw or MNIST/processed")
     try:
         parts = [MNIST(folder, train=train, download=False) for train in (True, False)]
     except RuntimeError:
@@ -59,8 +45,45 @@ def load_mnist(folder: str) -> DataSet:
     return with_statistics("mnist", *(Images(p.data.unsqueeze(1), p.targets.long()) for p in parts))
 
 
+def load_cifar10(folder: str) -> DataSet:
+    """CIFAR-10 through torchvision: 50,000 photographs to train and 10,000 to test, 3 x 32 x 32 pixels.
+
+    Raises:
+        ValueError: the folder does not hold it.
+    """
+    from torchvision.datasets import CIFAR10
+
+    check_folder(folder, "cifar-10-batches-py")
+    try:
+        parts = [CIFAR10(folder, train=train, download=False) for train in (True, False)]
+    except RuntimeError:
+        raise ValueError(
+            f"--data {folder!r} holds no CIFAR-10, or a damaged one; expected {os.path.join(folder, 'cifar-10-batches-py')} "
+            "with data_batch_1 to data_batch_5, test_batch and batches.meta "
+            f'(python -c "from torchvision.datasets import CIFAR10; CIFAR10({folder!r}, download=True)" fetches them)'
+        ) from None
+    pixels = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
+    labels = [torch.tensor(part.targets) for part in parts]
+    return with_statistics("cifar10", *map(Images, pixels, labels))
+
+
+def check_folder(folder: str, content: str) -> None:
+    if not os.path.isdir(folder):
+        raise ValueError(f"--data is {folder!r}, which is not a folder; expected one that holds {content}")
+
+
 def with_statistics(name: str, train: Images, test: Images) -> DataSet:
-    """Mean and standard deviation of all training pixels, as the trainer normalises with."""
-    scaled = train.pixels.double().div_(255)
+    """The data set, normalised with mean and standard deviation of its training pixels, channel by channel."""
+    statistics = [mean_and_deviation(train.pixels[:, channel]) for channel in range(train.pixels.shape[1])]
+    mean, std = zip(*statistics, strict=True)
     num_classes = int(train.labels.max()) + 1
-    return DataSet(name, train, test, num_classes, scaled.mean().item(), scaled.std().item())
+    return DataSet(name, train, test, num_classes, tuple(train.pixels.shape[1:]), mean, std)
+
+
+def mean_and_deviation(pixels: Tensor) -> tuple[float, float]:
+    """Of uint8 pixels as shares of 255, from how often each of the 256 values occurs."""
+    counts = torch.bincount(pixels.flatten(), minlength=256).double()
+    values = torch.arange(256, dtype=torch.float64) / 255
+    mean = (counts @ values) / counts.sum()
+    variance = (counts @ (values - mean).square()) / (counts.sum() - 1)
+    return mean.item(), variance.sqrt().item()

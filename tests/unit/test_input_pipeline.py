@@ -1,14 +1,19 @@
-"""The order of the data: the same global batches however they are cut, and nothing lost."""
+"""The order of the data: the same global batches however they are cut, and nothing lost; the data sets in memory."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from largebatch.launch.inputs.data_set import Images
-from largebatch.launch.inputs.in_memory import load_data
-from largebatch.launch.inputs.loading import micro_batches
+from largebatch.launch.inputs.data_set import DataSet, Images
+from largebatch.launch.inputs.loading import ImageLoader, evaluation_indices
+from largebatch.launch.inputs.random_numbers import hashes, integers, uniforms
 from largebatch.launch.inputs.sample_order import SampleOrder
+from largebatch.launch.inputs.sources import load_data
+from largebatch.launch.inputs.synthetic import load_synthetic
+
+CPU = torch.device("cpu")
 
 
 def test_an_epoch_is_a_permutation_and_each_is_another():
@@ -21,18 +26,10 @@ def test_an_epoch_is_a_permutation_and_each_is_another():
     assert not torch.equal(SampleOrder(100, seed=4).indices(0, 100), epochs[0])
 
 
-def batches(num_samples, micro, accumulation, world, rank, step, seed=1):
+def numbered(num_samples):
+    """A data set whose pixels tell which image it is."""
     images = Images(torch.arange(num_samples, dtype=torch.int32).view(-1, 1, 1, 1), torch.arange(num_samples))
-    return micro_batches(
-        images,
-        seed=seed,
-        global_batch=micro * accumulation * world,
-        micro_batch=micro,
-        rank=rank,
-        world_size=world,
-        device=torch.device("cpu"),
-        first_step=step,
-    )
+    return DataSet("numbered", images, images, num_samples, (1, 1, 1), (0.0,), (1.0,))
 
 
 @settings(max_examples=100, deadline=None)
@@ -45,13 +42,45 @@ def test_global_batches_do_not_depend_on_micro_batch_and_world_size(num_samples,
     micro, accumulation, world = cut
     seen = []
     for rank in range(world):
-        stream = batches(num_samples, micro, accumulation, world, rank, step)
+        stream = ImageLoader(numbered(num_samples)).micro_batches(
+            seed=1, global_batch=12, micro_batch=micro, rank=rank, world_size=world, device=CPU, first_step=step
+        )
         for _ in range(accumulation):
-            pixels, labels = next(stream)
-            assert torch.equal(pixels.flatten().long(), labels)
-            seen.extend(labels.tolist())
+            batch = next(stream)
+            assert torch.equal(batch.pixels.flatten().long(), batch.labels) and batch.mixup_weights is None
+            seen.extend(batch.labels.tolist())
     whole = SampleOrder(num_samples, seed=1).indices(step * 12, (step + 1) * 12)
     assert sorted(seen) == sorted(whole.tolist())
+
+
+@settings(max_examples=100, deadline=None)
+@given(num_samples=st.integers(1, 60), batch_size=st.integers(1, 20), world=st.integers(1, 8))
+def test_an_evaluation_counts_every_image_once(num_samples, batch_size, world):
+    counted, num_batches = [], set()
+    for rank in range(world):
+        batches = list(evaluation_indices(num_samples, batch_size=batch_size, rank=rank, world_size=world))
+        num_batches.add(tuple(len(indices) for indices, _ in batches))
+        for indices, counts in batches:
+            assert len(indices) <= batch_size and 0 <= indices.min() and indices.max() < num_samples
+            counted += indices[counts].tolist()
+    assert sorted(counted) == list(range(num_samples))
+    assert len(num_batches) == 1, "under ZeRO 3 the ranks' forward passes have to match"
+
+
+def test_random_numbers_depend_on_seed_sample_and_stream_alone():
+    samples = np.arange(5000)
+    drawn = uniforms(3, samples, 0)
+    assert np.array_equal(uniforms(3, samples[1000:1010], 0), drawn[1000:1010])
+    assert 0 <= drawn.min() and drawn.max() < 1
+    # mean and variance of a uniform distribution, within 5 standard errors
+    assert abs(drawn.mean() - 1 / 2) < 5 * (1 / 12 / 5000) ** 0.5
+    assert abs(drawn.var() - 1 / 12) < 5 * (1 / 180 / 5000) ** 0.5
+    others = (uniforms(4, samples, 0), uniforms(3, samples, 1), uniforms(3, samples + 1, 0))
+    for other in others:  # no correlation, within 5 standard errors
+        assert abs(np.corrcoef(drawn, other)[0, 1]) < 5 / 5000**0.5
+    assert len(np.unique(hashes(3, samples, 0))) == 5000
+    counts = np.bincount(integers(3, samples, 2, 10), minlength=10)
+    assert len(counts) == 10 and abs(counts - 500).max() < 5 * (500 * 0.9) ** 0.5
 
 
 def test_digits():
@@ -66,7 +95,35 @@ def test_mnist(mnist_folder):
     data = load_data("mnist", mnist_folder)
     assert (len(data.train), len(data.test), data.image_shape) == (60000, 10000, (1, 28, 28))
     assert torch.bincount(data.train.labels).tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
-    assert data.mean == pytest.approx(0.1307, abs=1e-4) and data.std == pytest.approx(0.3081, abs=1e-4)
+    assert data.mean == pytest.approx((0.1307,), abs=1e-4) and data.std == pytest.approx((0.3081,), abs=1e-4)
+
+
+def test_cifar10(cifar10_folder):
+    data = load_data("cifar10", cifar10_folder)
+    assert (len(data.train), len(data.test), data.image_shape, data.num_classes) == (50000, 10000, (3, 32, 32), 10)
+    assert torch.bincount(data.train.labels).tolist() == [5000] * 10
+    # github.com/davidcpage/cifar10-fast normalises with these
+    assert [255 * m for m in data.mean] == pytest.approx([125.31, 122.95, 113.87], abs=5e-3)
+    assert [255 * s for s in data.std] == pytest.approx([62.99, 62.09, 66.70], abs=5e-3)
+    inputs = data.inputs(data.train.pixels[:5000], torch.float32)
+    assert inputs.mean((0, 2, 3)).abs().max() < 0.03
+    assert inputs.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_synthetic_images_are_a_function_of_their_number():
+    data = load_synthetic(num_samples=10**9, num_test_samples=500, image_shape=(3, 20, 30), num_classes=7)
+    assert (len(data.train), len(data.test), data.image_shape, data.num_classes) == (10**9, 500, (3, 20, 30), 7)
+    numbers = torch.tensor([5, 999_999_999, 123, 5])
+    pixels, labels = data.train.batch(numbers)
+    assert pixels.shape == (4, 3, 20, 30) and pixels.dtype == torch.uint8 and labels.dtype == torch.int64
+    assert torch.equal(pixels[0], pixels[3]) and not torch.equal(pixels[0], pixels[2])
+    alone, label = data.train.batch(numbers[1:2])
+    assert torch.equal(alone[0], pixels[1]) and label == labels[1]
+    first = [part.batch(torch.arange(200)) for part in (data.train, data.test)]
+    assert not torch.equal(first[0][0], first[1][0]), "test images are others than training images"
+    assert len(first[0][1].unique()) == 7
+    inputs = data.inputs(first[0][0], torch.float32)
+    assert abs(inputs.mean()) < 0.5 and 0.5 < inputs.std() < 1.5
 
 
 def test_missing_data_is_one_clear_line(tmp_path):
@@ -76,5 +133,9 @@ def test_missing_data_is_one_clear_line(tmp_path):
         load_data("mnist", str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="holds no MNIST; expected .* with the four unpacked files"):
         load_data("mnist", str(tmp_path))
+    with pytest.raises(ValueError, match="holds no CIFAR-10, or a damaged one; expected .* with data_batch_1"):
+        load_data("cifar10", str(tmp_path))
     with pytest.raises(ValueError, match="the digits come with scikit-learn; leave --data out"):
         load_data("digits", str(tmp_path))
+    with pytest.raises(ValueError, match="synthetic images are made up; leave --data out"):
+        load_data("synthetic", str(tmp_path))
