@@ -1,4 +1,4 @@
-"""Two faults of DeepSpeed 0.19.8 with fp16, repaired on the engines that step an optimizer of ours.
+"""Two faults of DeepSpeed 0.19.8 with fp16, repaired on the engines that step an optimizer of ours or a baseline.
 
 - Growth: the wrappers raise the dynamic loss scale before they divide the gradients by it, so each step at which it
   grows uses half of the gradient (stage_1_and_2.py, stage3.py, unfused_optimizer.py: ``_update_scale`` comes before
