@@ -21,6 +21,7 @@ import torch
 
 import largebatch.ds_configs
 from largebatch.launch.arguments import set_entry
+from largebatch.launch.recipe_section import SECTION_DEFAULTS, stage_recipes
 from largebatch.launch.study import plots, results, runner
 from largebatch.launch.study.grid import GridRun, expand
 
@@ -260,14 +261,15 @@ class Progress:
         """The time that the recipes will take at the pace so far, for the end of a line."""
         if not recipes or not self.samples:
             return ""
-        samples = 0.0
-        for recipe in recipes:
-            section = recipe["largebatch"]
-            if section.get("steps") is not None:
-                samples += section["steps"] * recipe["train_batch_size"]
-            else:
-                samples += section["epochs"] * self.num_samples
+        samples = sum(self.samples_of(stage) for recipe in recipes for stage in stage_recipes(recipe))
         return f"; about {duration(samples * self.seconds / self.samples)} left for {len(recipes)} runs"
+
+    def samples_of(self, recipe: dict[str, Any]) -> float:
+        """How many samples a recipe without stages trains on."""
+        section = SECTION_DEFAULTS | recipe["largebatch"]
+        if section["steps"] is not None:
+            return section["steps"] * section["schedule_stretch"] * recipe["train_batch_size"]
+        return section["epochs"] * section["schedule_stretch"] * self.num_samples
 
 
 def duration(seconds: float) -> str:

@@ -115,7 +115,16 @@ def make_cell(folder: str, model: str, data: str, optimizer: str, batch: int, va
 
 
 def scaled_recipe(recipe: dict[str, Any], optimizer: str, batch: int) -> tuple[dict[str, Any], str]:
-    """The recipe for another batch by the rules in the module's docstring, and what was done, for people."""
+    """The recipe for another batch by the rules in the module's docstring, and what was done, for people.
+
+    Raises:
+        ValueError: it has stages, for which there are no rules.
+    """
+    if recipe["largebatch"].get("stages") is not None:
+        raise ValueError(
+            f"batch {batch} has no recipe, and the nearest, of {recipe['train_batch_size']}, has stages, which cannot be "
+            "scaled; choose a batch that has a recipe"
+        )
     recipe = copy.deepcopy(recipe)
     section, base = recipe["largebatch"], recipe["train_batch_size"]
     ratio = batch / base

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 
 from largebatch.launch.ports import free_port
+from largebatch.launch.recipe_section import SECTION_DEFAULTS, stage_recipes
+from largebatch.launch.run_plan import stretch_lengths
 from largebatch.launch.study.results import events_of, trained_with
 
 TRAIN_SCRIPT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "train.py")
@@ -128,9 +131,11 @@ def differences(recipe: dict[str, Any], folder: str) -> list[str]:
     recorded = next((e["config"] for e in events_of(folder) if e["event"] == "start"), None)
     if recorded is None:
         return []
-    wanted = recipe | {"largebatch": trained_with(recipe["largebatch"])}
-    recorded = recorded | {"largebatch": trained_with(recorded["largebatch"])}
-    return compare(wanted, recorded, "")
+    wanted = copy.deepcopy(stage_recipes(recipe)[0])  # the run records the first stage first
+    wanted["largebatch"] = SECTION_DEFAULTS | wanted["largebatch"]
+    stretch_lengths(wanted)
+    wanted["largebatch"] = trained_with(wanted["largebatch"])
+    return compare(wanted, recorded | {"largebatch": trained_with(recorded["largebatch"])}, "")
 
 
 def compare(wanted: dict[str, Any], recorded: dict[str, Any], prefix: str) -> list[str]:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import largebatch.ds_configs
 from largebatch.launch import study_command
+from largebatch.launch.recipe_section import stage_recipes
 from largebatch.launch.run_plan import make_plan
 from largebatch.launch.study import grid, plots, results, runner
 
@@ -48,6 +49,28 @@ def test_variants_of_recipes(tmp_path):
     for variant in (None, "author"):
         with pytest.raises(ValueError, match="have variants only; expected one of maxaug, minaug"):
             origin("lamb", 1024, variant)
+
+
+def test_stages_cannot_be_scaled():
+    recipe = {"largebatch": {"stages": [{}]}, "train_batch_size": 512, "optimizer": {"params": {}}}
+    with pytest.raises(ValueError, match="batch 1024 has no recipe, and the nearest, of 512, has stages"):
+        grid.scaled_recipe(recipe, "lamb", 1024)
+
+
+def test_a_stretched_or_staged_recipe_is_recognised(tmp_path):
+    """What train.py records of a recipe against the recipe: filled in, stretched, its first stage."""
+    plain = cell("lamb", 8192).recipe
+    stretched = plain | {"largebatch": plain["largebatch"] | {"schedule_stretch": 1.5}}
+    stages = [{"largebatch": {"epochs": 3}}, {"largebatch": {"epochs": 1}}]
+    staged = plain | {"largebatch": plain["largebatch"] | {"stages": stages}}
+    for number, recipe in enumerate((plain, stretched, staged)):
+        recorded = make_plan(stage_recipes(recipe)[0], num_samples=60000, world_size=2, output="out").config
+        folder = tmp_path / str(number)
+        write_metrics(folder, recorded)
+        assert runner.differences(recipe, str(folder)) == []
+        other = recipe | {"largebatch": recipe["largebatch"] | {"schedule_stretch": 2}}
+        assert any("largebatch.epochs" in text for text in runner.differences(other, str(folder)))
+    assert study_command.Progress().samples_of(stage_recipes(stretched | {"largebatch": {"steps": 9}})[0]) == 9 * 8192
 
 
 def test_runs_go_seed_by_seed():
