@@ -14,7 +14,7 @@ from typing import Any
 from largebatch.ds_configs.tables.entries import IMAGENET_224, K, batch_name, goyal_steps, poly, recipe, scaled, top1
 
 PAPER = "arXiv:1904.00962"
-RESNET50 = {"model": "resnet50", "model_options": {"classifier_std": 0.01}, **IMAGENET_224, "augmentation": "maximal"}
+RESNET50 = {"model": "resnet50", "model_options": {"classifier_std": 0.01}, **IMAGENET_224, "augmentation": "inception"}
 LAMB = {"lr": "auto", "betas": [0.9, 0.999], "eps": 1e-6, "weight_decay": 1.5}
 LR_SCALING = scaled("sqrt", 0.04, 32 * K)
 HARDWARE = "128 TPUv3 chips"

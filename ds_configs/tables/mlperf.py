@@ -37,7 +37,7 @@ def recipes() -> Iterator[tuple[str, dict[str, Any]]]:
                 model="resnet50",
                 model_options={"classifier_std": 0.01},
                 **IMAGENET_224,
-                augmentation="maximal",
+                augmentation="inception",
                 label_smoothing=0.1,
                 batch_norm={"span": span},
                 batch=batch,

@@ -39,7 +39,7 @@ def recipes() -> Iterator[tuple[str, dict[str, Any]]]:
                 model="resnet50",
                 model_options={"zero_init_last_gamma": False},
                 **IMAGENET_224,
-                augmentation="maximal",
+                augmentation="inception",
                 label_smoothing=0.1,
                 batch_norm={"span": span},
                 batch=batch,

@@ -36,7 +36,7 @@ def recipes() -> Iterator[tuple[str, dict[str, Any]]]:
                 model="resnet50",
                 model_options={"classifier_std": 0.01},
                 **IMAGENET_224,
-                augmentation="maximal",
+                augmentation="inception",
                 batch_norm={"span": 32},
                 no_weight_decay=["norm"],
                 batch=batch,

@@ -5,8 +5,9 @@ ImageNet has the two levels of arXiv:1708.03888 ("minimal" and "maximal" augment
 - ``"none"``: shorter side to ``resize_size``, the central ``image_size`` square. Test images always.
 - ``"minimal"``: shorter side to ``resize_size``, a random square, flipped or not. Caffe's, with which the paper's weak
   baselines were trained.
-- ``"maximal"``: 8% to 100% of the area with a ratio of 3/4 to 4/3 (arXiv:1409.4842, section 6), resized to the square,
-  flipped or not, brightness, contrast and saturation changed by up to 40% in random order (as in fb.resnet.torch).
+- ``"inception"``: 8% to 100% of the area with a ratio of 3/4 to 4/3 (arXiv:1409.4842, section 6), resized to the square,
+  flipped or not. Not a level of that paper, but what arXiv:1706.02677, LAMB's authors and MLPerf train with.
+- ``"maximal"``: that, and brightness, contrast and saturation changed by up to 40% in random order (as in fb.resnet.torch).
 
 CIFAR-10's ``"davidnet"``, on the device: 4 pixels of reflection around the image, a random 32 x 32 of that, flipped or not,
 8 x 8 of it (cutout, arXiv:1708.04552) set to the mean; as in github.com/davidcpage/cifar10-fast.
@@ -39,6 +40,8 @@ def image_transform(level: str, *, image_size: int, resize_size: int) -> Transfo
     """From an image of any size to one of image_size x image_size. Random numbers are taken from torch's generator."""
     if level == "minimal":
         steps = [v2.Resize(resize_size), v2.RandomCrop(image_size), v2.RandomHorizontalFlip()]
+    elif level == "inception":
+        steps = [v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip()]
     elif level == "maximal":
         colour = v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4)
         steps = [v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip(), colour]

@@ -22,7 +22,7 @@ class ImageLoader:
     """A data set of images in batches.
 
     Attributes:
-        augmentation: "none", "minimal", "maximal" or "davidnet"; mixup: alpha, 0 for none.
+        augmentation: "none", "minimal", "inception", "maximal" or "davidnet"; mixup: alpha, 0 for none.
         resize_size: of the shorter side of images from files; reading: how they are read.
         unreadable: path -> reason, of the files that this rank could not read so far.
     """

@@ -13,7 +13,7 @@ AUGMENTATIONS: dict[str, tuple[str, ...]] = {
     "digits": ("none",),
     "mnist": ("none",),
     "cifar10": ("none", "davidnet"),
-    "imagenet": ("none", "minimal", "maximal"),
+    "imagenet": ("none", "minimal", "inception", "maximal"),
     "synthetic": ("none",),
     "text": ("none",),
 }

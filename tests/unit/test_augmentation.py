@@ -134,7 +134,7 @@ def test_soft_targets(smoothing):
     torch.testing.assert_close(loss, -(targets * model(inputs).log_softmax(1)).sum(1).mean())
 
 
-@pytest.mark.parametrize("level", ["none", "minimal", "maximal"])
+@pytest.mark.parametrize("level", ["none", "minimal", "inception", "maximal"])
 @pytest.mark.parametrize("size", [(300, 200), (200, 300), (40, 500), (1, 1)])
 def test_image_transforms_give_the_size(level, size):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
@@ -142,11 +142,11 @@ def test_image_transforms_give_the_size(level, size):
 
 
 def test_what_the_levels_do():
-    """The level "none" always gives the centre; "minimal" a piece of the resized image, flipped or not; "maximal" other colours, too."""
+    """The level "none" always gives the centre; "minimal" a piece of it, flipped or not; "inception" of any size; "maximal" other colours."""
     ramp = np.broadcast_to(np.linspace(0, 255, 128).astype(np.uint8)[None, :, None], (128, 128, 3))
     image = Image.fromarray(np.ascontiguousarray(ramp))
     seen = {}
-    for level in ("none", "minimal", "maximal"):
+    for level in ("none", "minimal", "inception", "maximal"):
         transform = image_transform(level, image_size=56, resize_size=64)
         seen[level] = [np.array(transform(image)).astype(int) for _ in range(20)]
     resized = np.array(image.resize((64, 64), Image.BILINEAR)).astype(int)
@@ -159,5 +159,12 @@ def test_what_the_levels_do():
         starts.add(start)
         num_flipped += is_flipped
     assert len(starts) >= 4 and 3 <= num_flipped <= 17
-    widths = {abs(one[0, -1].sum() - one[0, 0].sum()) for one in seen["maximal"]}
-    assert len(widths) > 10
+    for level in ("inception", "maximal"):
+        widths = {abs(one[0, -1].sum() - one[0, 0].sum()) for one in seen[level]}
+        assert len(widths) > 10
+    plain = Image.new("RGB", (64, 64), (90, 120, 150))
+    colours = {
+        level: {image_transform(level, image_size=32, resize_size=40)(plain).getpixel((5, 5)) for _ in range(10)}
+        for level in ("minimal", "inception", "maximal")
+    }
+    assert colours["minimal"] == colours["inception"] == {(90, 120, 150)} and len(colours["maximal"]) > 5
