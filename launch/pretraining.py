@@ -139,6 +139,12 @@ class Pretraining:
             "test_loss": (mlm_loss + nsp_loss) / num_samples,
         }
 
+    def summary(self, figures: dict[str, float]) -> str:
+        return (
+            f"test accuracy: masked tokens {figures['mlm_accuracy']:.4f}, next sentence {figures['nsp_accuracy']:.4f}; loss "
+            f"{figures['test_loss']:.4f}"
+        )
+
 
 def forward(model: nn.Module, batch: PairBatch) -> tuple[Tensor, Tensor]:
     """fp32 logits of the masked tokens [batch, num_masked, vocab_size] and of the pairs [batch, 2]."""
