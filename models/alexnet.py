@@ -42,6 +42,13 @@ BVLC_ZERO_BIASES = ("conv1", "conv3", "fc8")
 SMALLEST_SIDE = 39
 
 
+class LocalResponseNorm(nn.LocalResponseNorm):
+    """torch's, by way of its form for one-dimensional signals: its other form has no bf16 on the CPU."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(hidden.flatten(2)).view_as(hidden)
+
+
 class AlexNet(nn.Module):
     """See the module's docstring.
 
@@ -128,7 +135,7 @@ def build_alexnet(
         ValueError, TypeError: an option is illegal, or the images are too small.
     """
     norms: dict[str, nn.Module] = {
-        f"after_relu{i}": nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1.0) for i in (1, 2)
+        f"after_relu{i}": LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1.0) for i in (1, 2)
     }
     return AlexNet(image_shape, num_classes, norms=norms, dropout=dropout, bias_init=bias_init)
 

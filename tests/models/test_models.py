@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from largebatch.exclusion import identities, kinds_of
+from largebatch.models.alexnet import LocalResponseNorm
 from largebatch.models.auxiliary import loss_with_auxiliaries
 from largebatch.models.registry import BUILDERS, TEXT_BUILDERS, build_model, check_model
 
@@ -241,3 +242,10 @@ def test_check_model_builds_nothing(monkeypatch):
         monkeypatch.setattr(nn.Module, "__init__", refuse)
         check_model(name, {})
     check_model("torchvision:vit_b_16", {"dropout": 0.1, "image_size": 224})
+
+
+def test_local_response_norm_is_torchs_and_has_bf16():
+    hidden = torch.randn(2, 7, 5, 4).contiguous(memory_format=torch.channels_last)
+    ours, theirs = (cls(5, alpha=0.5, beta=0.75, k=1.0) for cls in (LocalResponseNorm, torch.nn.LocalResponseNorm))
+    torch.testing.assert_close(ours(hidden), theirs(hidden), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(ours(hidden.bfloat16()).float(), theirs(hidden), rtol=3e-2, atol=1e-2)
