@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from largebatch import baselines, loss_scale
+from largebatch.layer_map.tensor_parallel import read_cuts
 from largebatch.layer_map.zero import TESTED_DEEPSPEED, read_layout
 from largebatch.lr_schedulers import SCHEDULERS
 from largebatch.optim.lamb import LAMB, NLAMB, NNLAMB
@@ -142,7 +143,7 @@ def wrap_engine(engine_class: type) -> None:
     def _configure_optimizer(self, client_optimizer, model_parameters):
         configure(self, client_optimizer, model_parameters)
         if isinstance(self.basic_optimizer, LayerwiseOptimizer):
-            self.basic_optimizer.attach(read_layout(self.optimizer))
+            self.basic_optimizer.attach(read_layout(self.optimizer), read_cuts(self))
             loss_scale.repair(self)
             log_exclusions(self.basic_optimizer)
         elif type(self.basic_optimizer) in baselines.BASELINES:
@@ -185,22 +186,6 @@ def refuse_what_is_not_exact(engine: Any, optimizer: LayerwiseOptimizer) -> None
     if engine.zenflow:
         raise ValueError(
             f"zero_optimization.zenflow is on; it splits layers in a way that {name} does not know. Remove it"
-        )
-    if engine.has_moe_layers:
-        raise ValueError(
-            f"the model has MoE layers, whose experts have process groups of their own; {name} does not know them yet"
-        )
-    if engine.pipeline_parallelism:
-        raise ValueError(f"pipeline parallelism is on; {name} does not know tied layers across stages yet")
-    tensor_parallel = getattr(engine.mpu, "get_tensor_model_parallel_world_size", None) or getattr(
-        engine.mpu, "get_model_parallel_world_size", None
-    )
-    tensor_parallel_size = tensor_parallel() if tensor_parallel is not None else 1
-    autotp_size = engine.autotp_size() if hasattr(engine, "autotp_size") else 0
-    if tensor_parallel_size > 1 or autotp_size > 1:
-        raise ValueError(
-            f"tensor parallelism of {max(tensor_parallel_size, autotp_size)} is on; each rank holds a part of a layer and "
-            f"{name} would take the norm of that part"
         )
 
 

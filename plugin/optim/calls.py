@@ -15,7 +15,7 @@ from largebatch.exclusion import LayerPolicy
 from largebatch.kernels.interface import Kernels, LayerFigures, Segments, Span
 from largebatch.layer_map.dtensor import local_part
 from largebatch.layer_map.reduce import all_reduce_sums_
-from largebatch.layer_map.segment import LayerMap
+from largebatch.optim.layer_table import Layout, ProcessGroups
 from largebatch.optim.state import needs_step
 from largebatch.telemetry import LayerStats
 
@@ -28,10 +28,10 @@ class Call:
     """
 
     segments: Segments
-    process_groups: tuple[dist.ProcessGroup, ...]
-    """The ranks that hold the rest of the layers: sums are added over each group in turn; empty if there are none."""
     kernels: Kernels
     policies: list[LayerPolicy] = field(default_factory=list)
+    process_groups: list[ProcessGroups] = field(default_factory=list)
+    """[num_layers] the ranks that hold the rest of each layer: its sums are added over each group in turn."""
     positions: list[int] = field(default_factory=list)
     """Where the tensors stand in the param group."""
 
@@ -45,8 +45,7 @@ class Call:
         position: int,
         tensor: Tensor,
         state: dict[str, Tensor],
-        layer_map: LayerMap,
-        policies: list[LayerPolicy],
+        layout: Layout,
         options: SharedOptions,
     ) -> None:
         """Takes in a tensor: a whole parameter, or a flat partition with its layers."""
@@ -57,20 +56,32 @@ class Call:
             segments.steps.append(state["step"])
         # a layer has at most one segment in a partition
         segments.spans.extend(
-            Span(index, s.start, s.numel, first_row + s.layer, s.layer_start) for s in layer_map.segments
+            Span(index, s.start, s.numel, first_row + s.layer, s.layer_start) for s in layout.layer_map.segments
         )
-        for policy in policies:
+        for policy in layout.policies:
             segments.weight_decays.append(coupled_weight_decay(options, policy))
             segments.decoupled_weight_decays.append(decoupled_weight_decay(options, policy))
             segments.are_adapted.append(is_adapted(options, policy))
             segments.seeds.append(zlib.crc32(policy.name.encode()))
         self.positions.append(position)
-        self.policies.extend(policies)
+        self.policies.extend(layout.policies)
+        self.process_groups.extend(layout.process_groups)
+
+    @functools.cached_property
+    def reductions(self) -> dict[dist.ProcessGroup, Tensor | None]:
+        """Process group of more than one rank -> [n] the layers whose sums are to be added over it; None: all of them."""
+        rows: dict[dist.ProcessGroup, list[int]] = {}
+        for row, groups in enumerate(self.process_groups):
+            for group in groups:
+                if dist.get_world_size(group) > 1:
+                    rows.setdefault(group, []).append(row)
+        num_layers, device = len(self.policies), self.segments.device
+        return {g: None if len(r) == num_layers else torch.tensor(r, device=device) for g, r in rows.items()}
 
     @property
     def is_local(self) -> bool:
         """Whether no layer of this call has a part on another rank."""
-        return all(dist.get_world_size(group) == 1 for group in self.process_groups)
+        return not self.reductions
 
     def step_(self, grad_scale: Tensor | None) -> LayerFigures:
         """A whole step of a call that is local, by a backend that can do it at once."""
@@ -127,13 +138,14 @@ class Call:
 
 def sums_over_ranks(calls: list[Call], sums: list[Tensor]) -> list[Tensor]:
     """The sums of each call over whole layers: one collective for each process group that has a part in the step."""
-    for process_groups in dict.fromkeys(call.process_groups for call in calls if call.process_groups):
-        mine = [i for i, call in enumerate(calls) if call.process_groups == process_groups]
-        together = torch.cat([sums[i].to(calls[mine[0]].segments.device) for i in mine])
-        for process_group in process_groups:
-            together = all_reduce_sums_(together, process_group)
-        for i, part in zip(mine, together.split([len(sums[i]) for i in mine]), strict=True):
-            sums[i] = part.to(calls[i].segments.device)
+    for process_group in dict.fromkeys(group for call in calls for group in call.reductions):
+        mine = [i for i, call in enumerate(calls) if process_group in call.reductions]
+        home = calls[mine[0]].segments.device
+        parts = [sums[i] if (rows := calls[i].reductions[process_group]) is None else sums[i][rows] for i in mine]
+        together = all_reduce_sums_(torch.cat([part.to(home) for part in parts]), process_group)
+        for i, part in zip(mine, together.split([len(part) for part in parts]), strict=True):
+            rows, part = calls[i].reductions[process_group], part.to(sums[i].device)
+            sums[i] = part if rows is None else sums[i].index_copy(0, rows, part)
     return sums
 
 

@@ -10,8 +10,8 @@ from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from largebatch.config import GlobalOptions, SharedOptions, check_option_names, check_preset
 from largebatch.exclusion import LayerPolicy
@@ -215,21 +215,23 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
             if local_part(tensor.grad).layout is not torch.strided:
                 raise RuntimeError(f"{type(self).__name__} does not support sparse gradients; use a dense embedding")
             state = self._state_of(tensor, rule)
-            layer_map, policies, process_groups = self._table.layout_of(tensor)
-            if process_groups and state[rule.elementwise_state[0]].dtype == torch.bfloat16 and isinstance(tensor, DTensor):
+            layout = self._table.layout_of(tensor)
+            if state[rule.elementwise_state[0]].dtype == torch.bfloat16 and self._table.is_cut_itself(tensor):
                 raise RuntimeError(
-                    "state_dtype is 'bf16' and a parameter is a DTensor; the random bits of the rounding would depend on the "
-                    "sharding. Set state_dtype to 'fp32'"
+                    "state_dtype is 'bf16' and a parameter is cut by tensor parallelism or FSDP; the random bits of the "
+                    "rounding would depend on the cut. Set state_dtype to 'fp32'"
                 )
             dtype = compute_dtype(tensor.dtype)
-            key = (tensor.device, tensor.dtype, tensor.grad.dtype, process_groups)
+            # what has no part elsewhere is stepped at once
+            is_whole = not any(layout.process_groups)
+            key = (tensor.device, tensor.dtype, tensor.grad.dtype, is_whole)
             if key not in calls:
                 kernels = dispatch.choose(tensor.device.type, self.kernels)
-                calls[key] = Call(Segments(rule, tensor.device, dtype), process_groups, kernels)
+                calls[key] = Call(Segments(rule, tensor.device, dtype), kernels)
                 # an engine's gradient buffers are its own and die with the step
                 is_engines = all(t in self._table.partitions for t in group["params"])
                 calls[key].segments.may_overwrite_grads = self.overwrite_grads or is_engines
-            calls[key].add(position, tensor, state, layer_map, policies, options)
+            calls[key].add(position, tensor, state, layout, options)
         return list(calls.values())
 
     def _grad_scale(self, calls: list[Call], found_inf: Tensor | None, are_local: bool) -> Tensor | None:
@@ -244,7 +246,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
             factor = torch.where(found_inf > 0, torch.nan, 1.0 if factor is None else factor).double()
         if self.max_grad_norm is None:
             return factor
-        if any(call.process_groups for call in calls):
+        if any(any(call.process_groups) for call in calls):
             raise RuntimeError(
                 f"max_grad_norm={self.max_grad_norm} needs the norm of all gradients, and here they come in parts; set "
                 'max_grad_norm to null (None) and DeepSpeed\'s "gradient_clipping" to the value, or, with FSDP, call '
@@ -347,13 +349,16 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         """
         self._is_armed = False
 
-    def attach(self, partitions: Mapping[Tensor, Partition]) -> None:
+    def attach(
+        self, partitions: Mapping[Tensor, Partition], cut_over: Mapping[Tensor, dist.ProcessGroup] | None = None
+    ) -> None:
         """Tells which layers the flat tensors hold that an engine put in the place of the parameters.
 
         Args:
             partitions: one entry for each tensor that ``step()`` may see and that is not a parameter itself.
+            cut_over: parameters that are a part of a layer only (tensor parallelism) -> the ranks that hold its parts.
         """
-        self._table.attach(partitions)
+        self._table.attach(partitions, cut_over or {})
         self._plans = {}
         self._is_armed = True
         fixed = [field.name for field in fields(self.options_class) if field.name != "lr"]

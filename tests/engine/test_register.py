@@ -99,55 +99,6 @@ def test_refused(rank_pool, changes, options, message):
     assert message in error
 
 
-class TensorParallel:
-    """As much of an mpu as DeepSpeed asks for: two ranks that share every layer."""
-
-    def __init__(self):
-        import torch.distributed as dist
-
-        self.all = dist.new_group([0, 1])
-        self.alone = [dist.new_group([rank]) for rank in (0, 1)][dist.get_rank()]
-
-    def get_model_parallel_group(self):
-        return self.all
-
-    def get_model_parallel_world_size(self):
-        return 2
-
-    def get_model_parallel_rank(self):
-        import torch.distributed as dist
-
-        return dist.get_rank()
-
-    def get_data_parallel_group(self):
-        return self.alone
-
-    def get_data_parallel_world_size(self):
-        return 1
-
-    def get_data_parallel_rank(self):
-        return 0
-
-
-def error_with_tensor_parallelism():
-    import deepspeed
-
-    model = engine_runs.LinearLoss()
-    config = engine_runs.ds_config("LAMB", 1) | {"train_batch_size": 1}
-    try:
-        deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config, mpu=TensorParallel())
-    except ValueError as error:
-        return str(error)
-    finally:
-        deepspeed.utils.groups.mpu = None  # kept by DeepSpeed for every later engine of the process
-    return MESSAGE
-
-
-def test_tensor_parallelism_is_refused(rank_pool):
-    for error in rank_pool.run(2, error_with_tensor_parallelism):
-        assert "tensor parallelism of 2 is on" in error
-
-
 def unregistered_step():
     """A plain DeepSpeed process: our class as a client optimizer without register()."""
     import deepspeed.runtime.engine as engine_module
