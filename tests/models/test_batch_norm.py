@@ -263,6 +263,48 @@ def test_running_statistics_are_averaged_over_the_ranks(rank_pool):
         assert torch.allclose(found, expected, rtol=1e-12)
 
 
+def statistics_of_engine(span):
+    """What DeepSpeed's bf16 training leaves of the running statistics: (dtypes, before averaging, after)."""
+    import deepspeed
+
+    world_size = dist.get_world_size()
+    torch.manual_seed(0)
+    model = build_model("davidnet", image_shape=(3, 8, 8), num_classes=3, options={"width": 2})
+    apply_batch_norm_span(model, span=span, micro_batch=4, accumulation_steps=2, world_size=world_size)
+    config = {
+        "train_batch_size": 8 * world_size,
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_clipping": 0.0,
+        "steps_per_print": 10**9,
+        "optimizer": {"type": "LARS", "params": {"lr": 0.1, "exclude_from_adaptation": ["norm"]}},
+        "zero_optimization": {"stage": 1},
+        "bf16": {"enabled": True},
+    }
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    num_excluded = len(engine.basic_optimizer.excluded_layers)
+    torch.manual_seed(dist.get_rank())
+    for _ in range(2):
+        loss = engine(torch.randn(4, 3, 8, 8).bfloat16()).float().logsumexp(1).mean()
+        engine.backward(loss)
+        engine.step()
+    buffers = {n: b for n, b in engine.module.named_buffers() if "running" in n}
+    before = torch.cat([b.double().flatten() for b in buffers.values()])
+    average_running_statistics(engine.module)
+    after = torch.cat([b.double().flatten() for b in buffers.values()])
+    engine.destroy()
+    return {b.dtype for b in buffers.values()}, num_excluded, before, after
+
+
+@pytest.mark.parametrize("span", ["micro_batch", 2, "global"])
+def test_running_statistics_of_a_bf16_engine(rank_pool, span):
+    (dtypes, num_excluded, first, mean), (_, _, second, same) = rank_pool.run(2, statistics_of_engine, span)
+    assert dtypes == {torch.float32} and num_excluded == 2 * 8
+    assert torch.equal(mean, same) and torch.allclose(mean, (first + second) / 2, rtol=1e-6)
+    assert torch.equal(first, second) == (span == "global")
+    untouched = torch.cat([torch.zeros(2), torch.ones(2)])
+    assert not torch.equal(first[:4].float(), untouched)
+
+
 @pytest.mark.parametrize(
     "span, micro_batch, world_size, expected",
     [
