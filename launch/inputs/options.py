@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from largebatch.config import UnknownOptionError, nearest_hint, one_of, reject
+from largebatch.config import UnknownOptionError, boolean, nearest_hint, one_of, reject
 
 DATA_SETS = ("digits", "mnist", "cifar10", "imagenet", "synthetic", "text")
 
@@ -37,9 +37,9 @@ def image_shape(name: str, value: Any) -> None:
 
 
 DEFAULTS: dict[str, dict[str, tuple[Any, Callable[[str, Any], None]]]] = {
-    "digits": {},
-    "mnist": {},
-    "cifar10": {},
+    "digits": {"normalize": (True, boolean)},
+    "mnist": {"normalize": (True, boolean)},
+    "cifar10": {"normalize": (True, boolean)},
     "imagenet": {
         "image_size": (224, whole(1)),
         "resize_size": ("auto", whole(1, or_auto=True)),
@@ -56,6 +56,7 @@ DEFAULTS: dict[str, dict[str, tuple[Any, Callable[[str, Any], None]]]] = {
 }
 """Data set -> option -> (default, check).
 
+- normalize: to mean 0 and standard deviation 1 over the training set, channel by channel; false: inputs are 0 to 1.
 - image_size: height and width of the inputs. resize_size: of the shorter side before a crop to that; "auto": 8/7 of it, 256
   for 224.
 - workers: processes a rank that read and decode; "auto": the cores that a rank has, at most 16; 0: the trainer itself.
@@ -78,9 +79,9 @@ def check_data_options(data: str, options: Any) -> None:
     known = DEFAULTS[data]
     for option, value in options.items():
         if option not in known:
-            expected = f"one of {', '.join(map(repr, known))}" if known else "none: it has no options"
             raise UnknownOptionError(
-                f"largebatch.data_options.{option} is not an option of {data}; expected {expected}"
+                f"largebatch.data_options.{option} is not an option of {data}; expected one of "
+                f"{', '.join(map(repr, known))}"
                 f"{nearest_hint(option, list(known))}"
             )
         known[option][1](f"largebatch.data_options.{option}", value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from largebatch.launch.inputs.data_set import DataSet
@@ -16,6 +17,8 @@ NEEDED_FOLDER = {
     "imagenet": "the folder that holds train/ and val/, each with a folder of images for every class",
 }
 MADE_HERE = {"digits": "the digits come with scikit-learn", "synthetic": "synthetic images are made up"}
+
+IN_MEMORY = {"digits": lambda folder: load_digits(), "mnist": load_mnist, "cifar10": load_cifar10}
 
 
 def load_data(name: str, folder: str | None, options: dict[str, Any] | None = None) -> DataSet:
@@ -34,13 +37,16 @@ def load_data(name: str, folder: str | None, options: dict[str, Any] | None = No
         raise ValueError(f"--data is {folder!r}, but {MADE_HERE[name]}; leave --data out")
     if name in NEEDED_FOLDER and folder is None:
         raise ValueError(f"--data is missing; {name} needs {NEEDED_FOLDER[name]}")
-    if name == "digits":
-        return load_digits()
-    if name == "mnist":
-        return load_mnist(folder)
-    if name == "cifar10":
-        return load_cifar10(folder)
+    if name in IN_MEMORY:
+        data = IN_MEMORY[name](folder)
+        return data if filled["normalize"] else unnormalised(data)
     if name == "synthetic":
         return load_synthetic(**filled)
     assert name == "imagenet"
     return load_image_folder(folder, filled["image_size"])
+
+
+def unnormalised(data: DataSet) -> DataSet:
+    """The data set with pixels / 255 as inputs."""
+    num_channels = data.image_shape[0]
+    return dataclasses.replace(data, mean=(0.0,) * num_channels, std=(1.0,) * num_channels)

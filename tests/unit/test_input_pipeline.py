@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from largebatch.launch.inputs.data_set import DataSet, Images
 from largebatch.launch.inputs.loading import ImageLoader, evaluation_indices
+from largebatch.launch.inputs.options import check_data_options
 from largebatch.launch.inputs.random_numbers import hashes, integers, uniforms
 from largebatch.launch.inputs.sample_order import SampleOrder
 from largebatch.launch.inputs.sources import load_data
@@ -89,6 +90,13 @@ def test_digits():
     inputs = data.inputs(data.train.pixels, torch.float32)
     assert abs(inputs.mean()) < 1e-4 and abs(inputs.std() - 1) < 1e-3
     assert torch.bincount(data.test.labels).min() >= 34  # stratified
+
+
+def test_inputs_may_be_left_unnormalised():
+    data = load_data("digits", None, {"normalize": False})
+    assert torch.equal(data.inputs(data.test.pixels, torch.float32), data.test.pixels.float() / 255)
+    with pytest.raises(TypeError, match="largebatch.data_options.normalize is 0; expected true or false"):
+        check_data_options("digits", {"normalize": 0})
 
 
 def test_mnist(mnist_folder):
