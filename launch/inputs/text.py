@@ -175,11 +175,26 @@ def sentences_of(path: str) -> Iterator[str]:
         raise ValueError(f"--data: {path!r} cannot be read as UTF-8 text: {error}") from None
 
 
-def split_sentences(path: str, test_fraction: float) -> dict[str, list[str]]:
-    """A file's training and test sentences, blank lines as ""."""
-    sentences = list(sentences_of(path))
-    border = round(len(sentences) * (1 - test_fraction))
-    return {"train": sentences[:border], "test": sentences[border:]}
+@dataclass(frozen=True)
+class TextFile:
+    """A file's sentences, blank lines as "", cut into training and test text; read anew each time, never held.
+
+    Attributes:
+        border: the first sentence of the test text.
+    """
+
+    path: str
+    border: int
+
+    @classmethod
+    def of(cls, path: str, test_fraction: float) -> TextFile:
+        return cls(path, round(sum(1 for _ in sentences_of(path)) * (1 - test_fraction)))
+
+    def train(self) -> Iterator[str]:
+        return itertools.islice(sentences_of(self.path), self.border)
+
+    def test(self) -> Iterator[str]:
+        return itertools.islice(sentences_of(self.path), self.border, None)
 
 
 def load_text(path: str | None, options: TextOptions) -> Corpus:
@@ -205,43 +220,44 @@ def load_text(path: str | None, options: TextOptions) -> Corpus:
     return load_saved(folder, options)
 
 
-def tokenise(files: list[str], options: TextOptions) -> Corpus:
-    parts = [split_sentences(file, options.test_fraction) for file in files]
+def tokenise(paths: list[str], options: TextOptions) -> Corpus:
+    files = [TextFile.of(path, options.test_fraction) for path in paths]
     if options.vocabulary is None:
-        training_sentences = itertools.chain.from_iterable(part["train"] for part in parts)
-        vocabulary = train_vocabulary(
-            training_sentences, vocab_size=options.vocab_size, is_lowercased=options.lowercase
-        )
+        training_text = itertools.chain.from_iterable(file.train() for file in files)
+        vocabulary = train_vocabulary(training_text, vocab_size=options.vocab_size, is_lowercased=options.lowercase)
     else:
         vocabulary = read_vocabulary(options.vocabulary, options.lowercase)
     are_documents_files = options.documents == "files"
     corpus = Corpus(
         vocabulary,
-        *(encoded([p[name] for p in parts], vocabulary, are_documents_files) for name in ("train", "test")),
+        train=encoded([file.train() for file in files], vocabulary, are_documents_files),
+        test=encoded([file.test() for file in files], vocabulary, are_documents_files),
     )
     for name, part in (("training", corpus.train), ("test", corpus.test)):
         if part.num_sentences < 2:
             raise ValueError(
-                f"--data: {', '.join(files)} give{'s'[: len(files) == 1]} {part.num_sentences} sentences of {name} text; expected "
+                f"--data: {', '.join(paths)} give{'s'[: len(paths) == 1]} {part.num_sentences} sentences of {name} text; expected "
                 "at least 2"
             )
     return corpus
 
 
-def encoded(texts: list[list[str]], vocabulary: Vocabulary, are_documents_files: bool) -> Sentences:
+def encoded(texts: list[Iterator[str]], vocabulary: Vocabulary, are_documents_files: bool) -> Sentences:
     """The sentences of all texts as token ids; those without a token are left out."""
-    tokens, lengths, document_ends = [], [], []
+    tokens, lengths, document_ends, num_sentences = [], [], [], 0
     for text in texts:
-        for start in range(0, len(text), SENTENCES_PER_CALL):
-            for sentence in vocabulary.encode(text[start : start + SENTENCES_PER_CALL]):
-                if len(sentence):
-                    tokens.append(sentence)
-                    lengths.append(len(sentence))
-                elif not are_documents_files:
-                    document_ends.append(len(lengths))
-        document_ends.append(len(lengths))
+        while chunk := list(itertools.islice(text, SENTENCES_PER_CALL)):
+            ids, lengths_of_chunk = vocabulary.encode(chunk)
+            is_kept = lengths_of_chunk > 0
+            ends = num_sentences + np.cumsum(is_kept)
+            if not are_documents_files:
+                document_ends += ends[~is_kept].tolist()
+            num_sentences = int(ends[-1])
+            tokens.append(ids)
+            lengths.append(lengths_of_chunk[is_kept])
+        document_ends.append(num_sentences)
     ends = np.unique(np.array(document_ends, dtype=np.int64))
-    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.array(lengths, dtype=np.int64))])
+    starts = np.cumsum(np.concatenate([np.zeros(1, np.int64), *lengths]))
     return Sentences(np.concatenate([np.empty(0, np.int32), *tokens]), starts, ends[ends > 0])
 
 

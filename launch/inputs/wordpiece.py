@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -49,10 +50,11 @@ class Vocabulary:
         tokenizer.normalizer, tokenizer.pre_tokenizer = text_splitters(self.is_lowercased)
         return tokenizer
 
-    def encode(self, sentences: Sequence[str]) -> list[np.ndarray]:
-        """The ids of each sentence, int32, without special tokens."""
-        encodings = self._tokenizer.encode_batch_fast(list(sentences), add_special_tokens=False)
-        return [np.array(e.ids, dtype=np.int32) for e in encodings]
+    def encode(self, sentences: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """All sentences' ids one after another, int32, without special tokens, and how many each has, int64."""
+        ids = [e.ids for e in self._tokenizer.encode_batch_fast(list(sentences), add_special_tokens=False)]
+        lengths = np.array([len(i) for i in ids], dtype=np.int64)
+        return np.fromiter(itertools.chain.from_iterable(ids), np.int32, lengths.sum()), lengths
 
     def save(self, path: str) -> None:
         """One token a line, as BERT's vocab.txt."""

@@ -88,23 +88,29 @@ def test_padding_does_not_change_a_sample(text_file):
         assert torch.allclose(found, expected, rtol=1e-5)
 
 
-def test_a_small_bert_learns_its_samples_by_heart(text_file):
-    """The neighbours say which digit is masked: far below the 2.4 + 0.7 of guessing by frequency."""
+def losses_of_learning_by_heart(text_file):
+    """Inside a rank, whose one thread is faster for tensors of this size: losses of 70 steps on the same 16 samples."""
     task = tiny_task(text_file)
     torch.manual_seed(0)
     model = task.build_model()
     optimizer = largebatch.LAMB(model.parameters(), model=model, **LAMB)
     batch = task.train.batch(list(range(16)), seed=1, numbers=list(range(16)))
     losses = []
-    for step in range(120):
+    for step in range(70):
         for group in optimizer.param_groups:
-            group["lr"] = 0.06 * min(1, (step + 1) / 10) * (1 - step / 120)
+            group["lr"] = 0.08 * min(1, (step + 1) / 10) * (1 - step / 70)
         loss = task.loss(model, batch, dtype=torch.float32)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert losses[0] == pytest.approx(np.log(len(task.corpus.vocabulary)) + np.log(2), rel=0.05)
+    return losses, len(task.corpus.vocabulary)
+
+
+def test_a_small_bert_learns_its_samples_by_heart(text_file, rank_pool):
+    """The neighbours say which digit is masked: far below the 2.4 + 0.7 of guessing by frequency."""
+    ((losses, vocab_size),) = rank_pool.run(1, losses_of_learning_by_heart, text_file)
+    assert losses[0] == pytest.approx(np.log(vocab_size) + np.log(2), rel=0.05)
     assert losses[-1] < 1.0
 
 

@@ -57,10 +57,14 @@ def test_wordpieces_are_those_of_transformers(folder, tmp_path):
     assert read_vocabulary(str(tmp_path / "vocab.txt")) == vocabulary
     theirs = transformers.BertTokenizer(vocab=str(tmp_path / "vocab.txt"))
     text = "The QUICKEST brown-fox, jumping 1984 times; Café? Ünknown 語 words!"
-    (ids,) = vocabulary.encode([text])
+    ids, lengths = vocabulary.encode([text])
+    assert len(ids) == lengths[0]
     assert ids.tolist() == theirs(text, add_special_tokens=False)["input_ids"]
     assert vocabulary.id_of("[UNK]") in ids and "quick" in vocabulary.tokens
-    assert vocabulary.encode(["Café"])[0].tolist() == vocabulary.encode(["cafe"])[0].tolist()
+    assert [x.tolist() for x in vocabulary.encode(["Café", "", "cafe cafe"])] == [
+        vocabulary.encode(["cafe"])[0].tolist() * 3,
+        [n := len(vocabulary.encode(["cafe"])[0]), 0, 2 * n],
+    ]
 
 
 def test_frequent_pairs_are_merged_first():
@@ -218,7 +222,7 @@ def test_training_and_test_text_do_not_overlap(tmp_path):
     whole = []
     for name in ("a.txt", "b.txt"):
         text = (tmp_path / name).read_text(encoding="utf-8").replace("\n", " ")
-        (ids,) = corpus.vocabulary.encode([text])
+        ids, _ = corpus.vocabulary.encode([text])
         whole.append(ids.tolist())
     pieces = []
     for part in (corpus.train, corpus.test):
