@@ -46,6 +46,14 @@ def save(figure: Any, path: str) -> str:
     return path
 
 
+def scale_values(axis: Any, values: list[float]) -> None:
+    """A logit axis for shares of which some are near 1: .97 and .99 lie as far apart there as .5 and .75."""
+    if all(0 < value < 1 for value in values) and max(values) > 0.9:
+        axis.set_yscale("logit")
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}" if 1e-3 < value < 1 - 1e-4 else "")
+        axis.yaxis.set_minor_formatter(lambda value, _: "")
+
+
 def plot_value_against_batch(rows: list[Row], path: str) -> str:
     """Mean of each cell, with the sample standard deviation as a bar, and every run as a point."""
     plt = pyplot()
@@ -61,6 +69,7 @@ def plot_value_against_batch(rows: list[Row], path: str) -> str:
         color = f"C{number}"
         axis.errorbar([b for b, _ in groups], means, spreads, color=color, marker="o", capsize=3, label=optimizer)
         axis.scatter([b for b, values in groups for _ in values], [v for _, values in groups for v in values], 8, color)
+    scale_values(axis, [row.value for row in rows])
     axis.set_xscale("log", base=2)
     axis.set_xticks(batches, [f"{batch:,}" for batch in batches])
     axis.set_xlabel("global batch")
@@ -77,6 +86,7 @@ def plot_value_against_steps(rows: list[Row], study_folder: str, path: str) -> s
     batches = sorted({row.batch for row in rows})
     optimizers = list(dict.fromkeys(row.optimizer for row in rows))
     figure, axes = plt.subplots(1, len(batches), figsize=(3.6 * len(batches) + 0.6, 3.8), sharey=True, squeeze=False)
+    scale_values(axes[0][0], [row.value for row in rows])  # for all: the axis is shared
     for axis, batch in zip(axes[0], batches, strict=True):
         for row in (row for row in rows if row.batch == batch):
             events = [e for e in events_of(os.path.join(study_folder, row.folder)) if e["event"] == "evaluation"]
