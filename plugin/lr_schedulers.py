@@ -115,11 +115,14 @@ class FactorLR:
 
 
 class WarmupDecayLR(FactorLR):
-    """A linear warm-up and then some decay."""
+    """A warm-up and then some decay."""
 
-    def __init__(self, optimizer, warmup_steps, warmup_epochs, warmup_start_factor, steps_per_epoch):
+    def __init__(self, optimizer, warmup_steps, warmup_epochs, warmup_start_factor, warmup_power, steps_per_epoch):
         self.num_warmup_steps = in_steps("warmup", warmup_steps, warmup_epochs, steps_per_epoch, default=0)
         self.warmup_start_factor = share_of_peak("warmup_start_factor", warmup_start_factor)
+        if not is_number(warmup_power) or warmup_power <= 0:
+            raise ValueError(f"scheduler.params.warmup_power is {warmup_power!r}; expected a number > 0")
+        self.warmup_power = warmup_power
         super().__init__(optimizer)
 
     def decay_factor(self, step: int) -> float:
@@ -128,19 +131,23 @@ class WarmupDecayLR(FactorLR):
     def factor(self, step: int) -> float:
         if step < self.num_warmup_steps:
             return schedule.warmup_factor(
-                step, num_warmup_steps=self.num_warmup_steps, start_factor=self.warmup_start_factor
+                step,
+                num_warmup_steps=self.num_warmup_steps,
+                start_factor=self.warmup_start_factor,
+                power=self.warmup_power,
             )
         return self.decay_factor(step)
 
 
 class WarmupPolyLR(WarmupDecayLR):
-    """Linear warm-up, then polynomial decay to zero (power 2 for LARS, 1 for LAMB; arXiv:1708.03888, 1904.00962).
+    """Warm-up, then polynomial decay to zero (power 2 for LARS, 1 for LAMB; arXiv:1708.03888, 1904.00962).
 
     Args:
         total_steps | total_epochs: length of the whole schedule, warm-up included.
         warmup_steps | warmup_epochs: length of the warm-up, default 0; epochs may be fractions.
         steps_per_epoch: data set size / global batch, where epochs are used.
-        power: >= 0. warmup_start_factor, end_factor: 0 to 1, shares of the peak.
+        power: >= 0, of the decay. warmup_power: > 0, of the warm-up; 1 is linear.
+        warmup_start_factor, end_factor: 0 to 1, shares of the peak.
         end_lr: >= 0, learning rate at the end in place of ``end_factor`` (MLPerf: 1e-4); with several param groups,
             that of the first, and the others keep their proportion.
         decay_from: "warmup" (the decay begins after the warm-up, with the peak) or "start" (it runs from step 0 on, so
@@ -157,6 +164,7 @@ class WarmupPolyLR(WarmupDecayLR):
         steps_per_epoch=None,
         power=2.0,
         warmup_start_factor=0.0,
+        warmup_power=1.0,
         end_factor=0.0,
         end_lr=None,
         decay_from="warmup",
@@ -170,7 +178,7 @@ class WarmupPolyLR(WarmupDecayLR):
         self.end_factor = share_of_peak("end_factor", end_factor)
         if end_lr is not None:
             self.end_factor = end_share(end_lr, end_factor, torch_optimizer(optimizer).param_groups[0]["lr"])
-        super().__init__(optimizer, warmup_steps, warmup_epochs, warmup_start_factor, steps_per_epoch)
+        super().__init__(optimizer, warmup_steps, warmup_epochs, warmup_start_factor, warmup_power, steps_per_epoch)
 
     def decay_factor(self, step: int) -> float:
         return schedule.polynomial_factor(
@@ -183,7 +191,7 @@ class WarmupPolyLR(WarmupDecayLR):
 
 
 class WarmupCosineDecayLR(WarmupDecayLR):
-    """Linear warm-up, then half a cosine to zero (arXiv:1608.03983). Arguments as for :class:`WarmupPolyLR`."""
+    """Warm-up, then half a cosine to zero (arXiv:1608.03983). Arguments as for :class:`WarmupPolyLR`."""
 
     def __init__(
         self,
@@ -194,11 +202,12 @@ class WarmupCosineDecayLR(WarmupDecayLR):
         warmup_epochs=None,
         steps_per_epoch=None,
         warmup_start_factor=0.0,
+        warmup_power=1.0,
         end_factor=0.0,
     ):
         self.num_steps = in_steps("total", total_steps, total_epochs, steps_per_epoch, default=None)
         self.end_factor = share_of_peak("end_factor", end_factor)
-        super().__init__(optimizer, warmup_steps, warmup_epochs, warmup_start_factor, steps_per_epoch)
+        super().__init__(optimizer, warmup_steps, warmup_epochs, warmup_start_factor, warmup_power, steps_per_epoch)
 
     def decay_factor(self, step: int) -> float:
         return schedule.cosine_factor(
@@ -207,12 +216,12 @@ class WarmupCosineDecayLR(WarmupDecayLR):
 
 
 class WarmupStepLR(WarmupDecayLR):
-    """Linear warm-up, then times ``gamma`` at each milestone (arXiv:1706.02677: 0.1 at epochs 30, 60, 80).
+    """Warm-up, then times ``gamma`` at each milestone (arXiv:1706.02677: 0.1 at epochs 30, 60, 80).
 
     Args:
         milestone_steps | milestone_epochs: where the learning rate drops, ascending.
         gamma: > 0, factor of each drop.
-        warmup_steps | warmup_epochs, warmup_start_factor, steps_per_epoch: as for :class:`WarmupPolyLR`.
+        warmup_steps | warmup_epochs, warmup_start_factor, warmup_power, steps_per_epoch: as for :class:`WarmupPolyLR`.
     """
 
     def __init__(
@@ -225,6 +234,7 @@ class WarmupStepLR(WarmupDecayLR):
         steps_per_epoch=None,
         gamma=0.1,
         warmup_start_factor=0.0,
+        warmup_power=1.0,
     ):
         if (milestone_steps is None) == (milestone_epochs is None):
             raise ValueError("scheduler.params needs either milestone_steps or milestone_epochs")
@@ -236,7 +246,7 @@ class WarmupStepLR(WarmupDecayLR):
             lengths = [(None, milestone) for milestone in milestone_epochs]
         self.milestones = [in_steps("milestone", s, e, steps_per_epoch, default=None) for s, e in lengths]
         self.gamma = gamma
-        super().__init__(optimizer, warmup_steps, warmup_epochs, warmup_start_factor, steps_per_epoch)
+        super().__init__(optimizer, warmup_steps, warmup_epochs, warmup_start_factor, warmup_power, steps_per_epoch)
 
     def decay_factor(self, step: int) -> float:
         return schedule.step_factor(step, milestones=self.milestones, gamma=self.gamma)

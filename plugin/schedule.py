@@ -33,11 +33,15 @@ def scaled_lr(rule: str, *, base_lr: float, base_batch: int, global_batch: int) 
     return base_lr * factors[rule]
 
 
-def warmup_factor(step: int, *, num_warmup_steps: int, start_factor: float = 0.0) -> float:
-    """Linear from ``start_factor`` up to 1: step 0 already makes one share of the way, step W-1 has the peak."""
+def warmup_factor(step: int, *, num_warmup_steps: int, start_factor: float = 0.0, power: float = 1.0) -> float:
+    """From ``start_factor`` up to 1: step 0 already makes one share of the way, step W-1 has the peak.
+
+    Args:
+        power: > 0, of the share of the warm-up; 1 is linear, NVIDIA Caffe's ramp-up is 2.
+    """
     if step >= num_warmup_steps:
         return 1.0
-    return start_factor + (1.0 - start_factor) * (step + 1) / num_warmup_steps
+    return start_factor + (1.0 - start_factor) * ((step + 1) / num_warmup_steps) ** power
 
 
 def progress(step: int, *, num_warmup_steps: int, num_steps: int) -> float:

@@ -2,8 +2,11 @@
 
 100 epochs, momentum 0.9, weight decay 5e-4, trust coefficient 0.001, every layer adapted. The decay (1 - t/T)^2 runs from
 the first step, as in the authors' Caffe (NVIDIA/caffe sgd_solver.cpp). Accuracies are means of the last five epochs.
-Spans of batch normalisation are not given: here 32 images (ResNet-50, GoogLeNet) and 64 (AlexNet-BN), a GPU's share of the
-smallest batch on their 8 GPUs.
+Spans of batch normalisation are not in the paper: here a GPU's share on 8 GPUs of what the published solvers put into one
+pass, at most 8,192 images for AlexNet-BN and 1,024 for ResNet-50.
+
+The published solvers themselves (NVIDIA/caffe, models/) are the rows "author": other learning rates, the ratio of
+``preset`` "author", and a quadratic ramp-up from learning rate 1. No accuracies come with them.
 """
 
 from __future__ import annotations
@@ -19,9 +22,11 @@ LARS = {"momentum": 0.9, "weight_decay": 0.0005, "trust_coefficient": 0.001}
 HARDWARE = "8 P100 (NVIDIA DGX-1), with accumulation at 16K and 32K"
 
 ALEXNET = {"model": "alexnet", **IMAGENET_227}
-ALEXNET_BN = {"model": "alexnet_bn", **IMAGENET_227, "batch_norm": {"span": 64}}
-RESNET50 = {"model": "resnet50", **IMAGENET_224, "batch_norm": {"span": 32}}
-GOOGLENET = {"model": "googlenet", **IMAGENET_224, "batch_norm": {"span": 32}}
+ALEXNET_BN = {"model": "alexnet_bn", **IMAGENET_227}
+RESNET50 = {"model": "resnet50", **IMAGENET_224}
+GOOGLENET = {"model": "googlenet", **IMAGENET_224}
+LARGEST_PASS = {"alexnet_bn": 8 * K, "resnet50": 1 * K, "googlenet": 1 * K}
+NUM_GPUS = 8
 
 ALEXNET_WITH_LARS = {512: (2, 0.587), 4 * K: (10, 0.585), 8 * K: (10, 0.582), 16 * K: (14, 0.550), 32 * K: (14, 0.469)}
 ALEXNET_BN_WITH_LARS = {
@@ -55,6 +60,18 @@ GOOGLENET_ROWS = (
 )
 """Optimizer, batch, learning rate, epochs, warm-up epochs, top-1."""
 
+AUTHOR_ROWS = (
+    (ALEXNET, 8 * K, 10, 15600, 0, {}, "bvlc_alexnet/solver_8K.prototxt"),
+    (ALEXNET, 16 * K, 16, 7800, 0, {}, "bvlc_alexnet/solver_16K.prototxt"),
+    (ALEXNET_BN, 8 * K, 10, 15600, 600, {}, "alexnet_bn/solver_8K.prototxt"),
+    (ALEXNET_BN, 16 * K, 24, 7800, 400, {}, "alexnet_bn/solver_16k.prototxt"),
+    (ALEXNET_BN, 32 * K, 32, 4000, 400, {}, "alexnet_bn/solver_32k.prototxt"),
+    (RESNET50, 256, 0.2, 500_000, 0, {}, "resnet50/solver.prototxt"),
+    (RESNET50, 512, 4, 250_000, 0, {"weight_decay": 0.0001}, "resnet50/solver_512.prototxt"),
+    (RESNET50, 1 * K, 1, 125_000, 0, {"trust_coefficient": 0.002}, "resnet50/solver_1K.prototxt"),
+)
+"""Network, batch, learning rate, steps, warm-up steps, what else differs, file."""
+
 
 def recipes() -> Iterator[tuple[str, dict[str, Any]]]:
     for network, rows, optimizer, warmup_epochs, table in (
@@ -78,6 +95,18 @@ def recipes() -> Iterator[tuple[str, dict[str, Any]]]:
         table = "GoogLeNet (appendix; torchvision's network here, which has batch normalisation)"
         expected = top1(accuracy, 0.02, is_approximate=True)
         yield name, row(GOOGLENET, batch, optimizer, lr, warmup_epochs, table=table, expected=expected, epochs=epochs)
+    for network, batch, lr, num_steps, num_warmup_steps, params, file in AUTHOR_ROWS:
+        yield (
+            f"{network['model']}_imagenet_lars_{batch_name(batch)}_author",
+            author_row(network, batch, lr, num_steps, num_warmup_steps, params=params, file=file),
+        )
+
+
+def span_of(network: dict[str, Any], batch: int) -> dict[str, Any]:
+    """The "batch_norm" entry."""
+    if network["model"] not in LARGEST_PASS:
+        return {}
+    return {"batch_norm": {"span": min(batch, LARGEST_PASS[network["model"]]) // NUM_GPUS}}
 
 
 def row(
@@ -94,6 +123,7 @@ def row(
 ) -> dict[str, Any]:
     return recipe(
         **network,
+        **span_of(network, batch),
         augmentation=augmentation,
         batch=batch,
         epochs=epochs,
@@ -102,5 +132,37 @@ def row(
         scheduler=poly(warmup_epochs, decay_from="start"),
         source=f"{PAPER}, table of {table}, batch {batch}",
         expected=expected,
+        hardware=HARDWARE,
+    )
+
+
+def author_row(
+    network: dict[str, Any],
+    batch: int,
+    lr: float,
+    num_steps: int,
+    num_warmup_steps: int,
+    *,
+    params: dict[str, Any],
+    file: str,
+) -> dict[str, Any]:
+    warmup = {"warmup_steps": num_warmup_steps, "warmup_start_factor": 1 / lr, "warmup_power": 2}
+    return recipe(
+        **network,
+        **span_of(network, batch),
+        augmentation="minimal",
+        batch=batch,
+        steps=num_steps,
+        optimizer="LARS",
+        params={"lr": lr, **LARS, **params, "preset": "author"},
+        scheduler={
+            "type": "WarmupPolyLR",
+            "total_steps": "auto",
+            **(warmup if num_warmup_steps else {}),
+            "power": 2,
+            "decay_from": "start",
+        },
+        source=f"github.com/NVIDIA/caffe (the code of arXiv:1708.03888), models/{file}",
+        expected=None,
         hardware=HARDWARE,
     )

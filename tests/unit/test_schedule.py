@@ -15,6 +15,9 @@ def test_warmup_reaches_the_peak_and_loses_no_step():
     assert [schedule.warmup_factor(t, num_warmup_steps=4) for t in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     assert schedule.warmup_factor(0, num_warmup_steps=2, start_factor=0.5) == 0.75
     assert schedule.warmup_factor(0, num_warmup_steps=0) == 1.0
+    # NVIDIA Caffe's ramp-up: (share of the way)^2 from start to peak
+    factors = [schedule.warmup_factor(t, num_warmup_steps=4, start_factor=0.5, power=2) for t in range(5)]
+    assert factors == [0.53125, 0.625, 0.78125, 1.0, 1.0]
 
 
 def test_poly_2_of_the_lars_paper():
@@ -102,6 +105,8 @@ def test_poly_with_an_end_and_from_the_start():
 
 
 def test_step_and_cosine_schedulers():
+    milestones = WarmupStepLR(optimizer_with(1.0), milestone_steps=[3], warmup_steps=2, warmup_power=2)
+    assert trace(milestones, 4) == pytest.approx([0.25, 1.0, 1.0, 0.1])
     milestones = WarmupStepLR(optimizer_with(1.0), milestone_epochs=[1, 2], steps_per_epoch=2, warmup_steps=1)
     assert trace(milestones, 5) == pytest.approx([1.0, 1.0, 0.1, 0.1, 0.01])
     assert trace(WarmupCosineDecayLR(optimizer_with(1.0), total_steps=2), 3) == pytest.approx(
@@ -129,9 +134,16 @@ def test_scheduler_state_restores_the_learning_rate():
         ({"total_steps": -5}, "scheduler.params.total_steps is -5; expected a number >= 0"),
         ({"total_steps": 5, "power": -1}, "scheduler.params.power is -1"),
         ({"total_steps": 5, "end_factor": "0.1"}, "scheduler.params.end_factor is '0.1'; expected 0 to 1"),
-        ({"total_steps": 5, "end_lr": 3.0}, "scheduler.params.end_lr is 3.0; expected 0 to the peak, optimizer.params.lr = 1.0"),
+        (
+            {"total_steps": 5, "end_lr": 3.0},
+            "scheduler.params.end_lr is 3.0; expected 0 to the peak, optimizer.params.lr = 1.0",
+        ),
         ({"total_steps": 5, "end_lr": 0.1, "end_factor": 0.1}, "has both end_lr and end_factor"),
-        ({"total_steps": 5, "decay_from": "peak"}, "scheduler.params.decay_from is 'peak'; expected 'warmup' or 'start'"),
+        (
+            {"total_steps": 5, "decay_from": "peak"},
+            "scheduler.params.decay_from is 'peak'; expected 'warmup' or 'start'",
+        ),
+        ({"total_steps": 5, "warmup_power": 0}, "scheduler.params.warmup_power is 0; expected a number > 0"),
         ({"total_steps": 5, "warmup_start_factor": 2}, "scheduler.params.warmup_start_factor is 2; expected 0 to 1"),
     ],
 )
