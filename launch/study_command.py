@@ -53,7 +53,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="NAME",
         help="take the recipes <model>_<data>_<optimizer>_<batch>_<NAME>, where there are any",
     )
-    parser.add_argument("--metric", help="figure of merit, a name in the runs' last line (default: top1)")
+    parser.add_argument(
+        "--metric", help="figure of merit, a name in the runs' last line (default: the first, top1 for images)"
+    )
     parser.add_argument("--output", default="runs/study", metavar="DIR")
     parser.add_argument("--no-plots", action="store_true", help="do not draw; matplotlib is not needed then")
     return parser.parse_args(argv)
@@ -112,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except BlockingIOError:
         print(
-            f"largebatch: error: another study is at work in {study.output!r}; wait, or choose another --output",
+            f"largebatch: error: another study, or a run that it left, is at work in {study.output!r}; wait, or choose another --output",
             file=sys.stderr,
         )
         return 2
@@ -137,10 +139,15 @@ class Study:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps a second study out of the folder; raises BlockingIOError if this one is the second."""
+        """Keeps a second study out of the folder, even if this one is killed and its run goes on.
+
+        Raises:
+            BlockingIOError: there is another already.
+        """
         os.makedirs(self.output, exist_ok=True)
         with open(os.path.join(self.output, ".lock"), "w", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.lock = file.fileno()
             yield
 
     def folder(self, run: GridRun) -> str:
@@ -209,7 +216,7 @@ class Study:
         """Trains, and prints the run's line."""
         folder, start = self.folder(run), time.monotonic()
         verb = " (resumed)" if runner.state_of(folder) == "resumable" else ""
-        code = runner.train(self.launch, self.recipe(run), folder)
+        code = runner.train(self.launch, self.recipe(run), folder, lock=self.lock)
         seconds = time.monotonic() - start
         row = results.read_row(run, folder, self.arguments.metric)
         if row is None:

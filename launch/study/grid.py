@@ -14,6 +14,7 @@ Where no recipe has the batch, the nearest one (by the ratio of the batches) giv
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import os
 from dataclasses import dataclass
@@ -166,6 +167,13 @@ def expand(
     seeds: list[int],
     variant: str | None = None,
 ) -> list[GridRun]:
-    """All runs, seed by seed, so that a study that is cut short has all cells with fewer seeds."""
+    """All runs, seed by seed, so that a study that is cut short has all cells with fewer seeds.
+
+    Raises:
+        ValueError: an optimizer has no recipe, or two batches would have the same name.
+    """
+    for one, other in itertools.combinations(batches, 2):
+        if batch_label(one) == batch_label(other):
+            raise ValueError(f"--batches has {one} and {other}, both called {batch_label(one)}; expected one of them")
     cells = [make_cell(folder, model, data, optimizer, batch, variant) for batch in batches for optimizer in optimizers]
     return [GridRun(cell, seed) for seed in seeds for cell in cells]

@@ -58,8 +58,8 @@ class Row:
 
     Attributes:
         metric: name of the figure of merit, e.g. "top1"; value: at the end, on the whole test set.
+        lr: at the peak; None where the recipe leaves it to the optimizer.
         final_loss: mean training loss of the last step. is_diverged: that it, or any before it, is not finite.
-        num_samples: of the training set.
     """
 
     model: str
@@ -67,7 +67,7 @@ class Row:
     optimizer: str
     batch: int
     seed: int
-    lr: float
+    lr: float | None
     steps: int
     epochs: float
     metric: str
@@ -169,7 +169,7 @@ def markdown(rows: list[Row]) -> str:
     for (optimizer, batch), group in sorted(cells.items(), key=lambda item: (item[0][1], optimizers.index(item[0][0]))):
         row, values = group[0], [r.value for r in group]
         lines.append(
-            f"| {optimizer} | {batch:,} | {row.lr:.4g} | {row.steps} | {row.epochs:.4g} | {len(group)} "
+            f"| {optimizer} | {batch:,} | {'default' if row.lr is None else f'{row.lr:.4g}'} | {row.steps} | {row.epochs:.4g} | {len(group)} "
             f"| {min(values):.4f} | {max(values):.4f} | {sum(r.is_diverged for r in group)} | {row.recipe} |"
         )
     return "\n".join(lines) + "\n"

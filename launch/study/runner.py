@@ -62,10 +62,13 @@ def state_of(folder: str) -> str:
     return "begun" if os.path.exists(os.path.join(folder, "metrics.jsonl")) else "new"
 
 
-def train(launch: Launch, recipe: dict[str, Any], folder: str) -> int:
+def train(launch: Launch, recipe: dict[str, Any], folder: str, *, lock: int) -> int:
     """Runs one training to its end, or until interrupted; its output goes to ``folder/log.txt``.
 
     A run that was killed before its first checkpoint starts anew.
+
+    Args:
+        lock: descriptor of the study's locked file; the launcher keeps it open, should it outlive the study.
 
     Returns:
         The launcher's exit code.
@@ -85,7 +88,7 @@ def train(launch: Launch, recipe: dict[str, Any], folder: str) -> int:
     with open(os.path.join(folder, "log.txt"), "a", encoding="utf-8") as log:
         # a session of its own: Ctrl-C reaches it through stop() alone, once
         process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=environment(), start_new_session=True
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment(), start_new_session=True, pass_fds=(lock,)
         )
         try:
             return process.wait()

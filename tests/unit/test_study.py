@@ -130,6 +130,7 @@ def test_a_recipe_that_counts_in_steps_is_scaled_in_steps():
         (["--optimizers", "lasr"], "(did you mean 'lenet_mnist_lars'?)"),
         (["--recipes", "nowhere"], "--recipes is 'nowhere', which is not a folder"),
         (["--epochs", "1", "--steps", "1"], "--epochs and --steps are both given"),
+        (["--batches", "1000,8192,1024"], "--batches has 1000 and 1024, both called 1k"),
         (["--set", "nonsense"], "expected KEY=VALUE"),
         (["--set", "largebatch.seed=3"], "the grid sets that itself"),
     ],
@@ -171,7 +172,7 @@ def trained(monkeypatch):
     """Replaces the launcher by one that writes metrics at once; notes (run, state that it found)."""
     calls = []
 
-    def train(launch, recipe, folder):
+    def train(launch, recipe, folder, *, lock):
         folder = pathlib.Path(folder)
         calls.append((folder.name, runner.state_of(str(folder))))
         if folder.name in train.failing:
@@ -272,7 +273,7 @@ def test_two_studies_cannot_share_a_folder(trained, tmp_path, capsys):
     arguments = study_command.parse_arguments([*GRID, "--output", str(tmp_path)])
     with study_command.Study(arguments, []).locked():
         assert study(tmp_path) == 2
-    assert "another study is at work" in capsys.readouterr().err and not trained.calls
+    assert "another study, or a run that it left, is at work" in capsys.readouterr().err and not trained.calls
 
 
 def test_states(tmp_path):
