@@ -1,7 +1,7 @@
 """The ``largebatch`` command, and ``deepspeed --module largebatch``, which runs an unmodified DeepSpeed script.
 
 deepspeed --module largebatch your_script.py --deepspeed_config ds_config.json
-largebatch recipes | plan | study [arguments]
+largebatch doctor | recipes | plan | study [arguments]
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ Registers the JSON types LARS, LAMB, NLAMB, NNLAMB with DeepSpeed and runs SCRIP
 """
 
 COMMANDS = {
+    "doctor": ("largebatch.launch.doctor_command", "checks this machine, or all nodes of a hostfile, before a run"),
     "recipes": ("largebatch.launch.recipes_command", "lists, filters and prints the recipes in ds_configs"),
     "plan": ("largebatch.launch.plan_command", "micro-batch, memory, communication and time of a large batch; writes a ds_config"),
     "study": ("largebatch.launch.study_command", "trains a grid of optimizers, batches and seeds; writes table and plots"),

@@ -1,0 +1,127 @@
+"""What lies between the ranks: all-reduce by size, and of each node's line to rank 0 latency, bandwidth and clock."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import statistics
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+ALL_REDUCE_REPEATS = {"cpu": {4: 20, 1 << 20: 10, 1 << 24: 5}, "cuda": {4: 50, 1 << 20: 20, 1 << 24: 20, 1 << 28: 5}}
+"""Bytes -> repeats. Fixed, since all ranks must agree."""
+
+PING_REPEATS = 20
+LINE_BYTES = 1 << 22
+
+
+def measure(rank: int, world_size: int, local_rank: int, *, timeout: float) -> dict[str, Any]:
+    """Joins the process group, measures, and leaves it. Collective.
+
+    Returns:
+        On rank 0: ``backend``, ``world_size``, ``all_reduce`` (list of bytes, seconds and bus bandwidth in bytes/s) and
+        ``lines`` (of each other node's first rank: rank, host, one-way latency in s, bandwidth in bytes/s, clock offset in s).
+
+    Raises:
+        RuntimeError: the ranks do not meet, a collective fails, or it adds up wrongly.
+    """
+    has_cuda = torch.cuda.is_available()
+    if has_cuda:
+        torch.cuda.set_device(local_rank)
+    device = torch.device("cuda", local_rank) if has_cuda else torch.device("cpu")
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if has_cuda else "gloo",
+        rank=rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(seconds=timeout),
+    )
+    try:
+        places: list[Any] = [None] * world_size
+        dist.all_gather_object(places, (local_rank, os.uname().nodename))
+        figures = {
+            "backend": "nccl" if has_cuda else "gloo",
+            "world_size": world_size,
+            "all_reduce": [
+                all_reduce(size, repeats, device) for size, repeats in ALL_REDUCE_REPEATS[device.type].items()
+            ],
+            "lines": [
+                {"rank": other, "host": host, **line(rank, other)}
+                for other, (other_local, host) in enumerate(places)
+                if other > 0 and other_local == 0
+            ],
+        }
+        dist.barrier()
+        return figures
+    finally:
+        dist.destroy_process_group()
+
+
+def all_reduce(num_bytes: int, repeats: int, device: torch.device) -> dict[str, float]:
+    """Median time of the slowest rank. Bus bandwidth as NCCL's tests define it: bytes / s * 2 (n - 1) / n."""
+    world_size = dist.get_world_size()
+    tensor = torch.empty(num_bytes // 4, dtype=torch.float32, device=device)
+    seconds = []
+    for _ in range(repeats + 1):  # the first sets up connections
+        tensor.fill_(dist.get_rank() + 1)
+        synchronize(device)
+        dist.barrier()
+        start = time.perf_counter()
+        dist.all_reduce(tensor)
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+        expected = world_size * (world_size + 1) / 2
+        if not bool((tensor == expected).all()):
+            raise RuntimeError(f"an all-reduce of {num_bytes} bytes gave wrong sums (expected {expected} everywhere)")
+    median = torch.tensor([statistics.median(seconds[1:])], dtype=torch.float64)
+    dist.all_reduce(median, op=dist.ReduceOp.MAX)
+    slowest = median.item()
+    return {
+        "bytes": num_bytes,
+        "seconds": slowest,
+        "bandwidth": num_bytes / slowest * 2 * (world_size - 1) / world_size,
+    }
+
+
+def line(rank: int, other: int) -> dict[str, float]:
+    """Between rank 0 and ``other``, through gloo; the other ranks do nothing.
+
+    The clock offset is ``other``'s clock less rank 0's in the exchange with the shortest round trip, half of which bounds
+    its error.
+    """
+    if rank not in (0, other):
+        return {}
+    clock, block = torch.zeros(1, dtype=torch.float64), torch.zeros(LINE_BYTES, dtype=torch.uint8)
+    round_trips, block_seconds = [], []
+    for _ in range(PING_REPEATS):
+        if rank == 0:
+            start = time.time()
+            dist.send(clock, other)
+            dist.recv(clock, other)
+            end = time.time()
+            round_trips.append((end - start, clock.item() - (start + end) / 2))
+        else:
+            dist.recv(clock, 0)
+            clock[0] = time.time()
+            dist.send(clock, 0)
+    for _ in range(3):
+        start = time.perf_counter()
+        if rank == 0:
+            dist.send(block, other)
+            dist.recv(clock, other)
+        else:
+            dist.recv(block, 0)
+            dist.send(clock, 0)
+        block_seconds.append(time.perf_counter() - start)
+    if rank != 0:
+        return {}
+    shortest, offset = min(round_trips)
+    bandwidth = LINE_BYTES / max(1e-9, min(block_seconds) - shortest / 2)
+    return {"latency": statistics.median(r for r, _ in round_trips) / 2, "bandwidth": bandwidth, "clock_offset": offset}
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

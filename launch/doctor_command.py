@@ -1,0 +1,177 @@
+"""``largebatch doctor``: checks one node, or with --hostfile all of them, before a run is started."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from typing import Any
+
+from largebatch.launch.doctor.findings import FAILS, Finding, Requirements, judge
+from largebatch.launch.doctor.gathering import Gathered, gather
+from largebatch.launch.doctor.nodes import launching_findings, read_hostfile
+from largebatch.launch.doctor.printing import report_text
+
+GIB = 1 << 30
+START_SECONDS = 120
+"""For launcher and imports, on top of --timeout; then what still runs is ended."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0 ready, 1 if something would make a run fail, 2 after one line on what is wrong with the request."""
+    arguments = parse_arguments(argv)
+    try:
+        slots = read_hostfile(arguments.hostfile) if arguments.hostfile else {}
+        if arguments.read:
+            gathered, findings = gather(read_lines(arguments.read), slots), []
+        else:
+            findings = launching_findings(list(slots), ssh_port=arguments.ssh_port) if slots else []
+            output = [] if findings else launch(arguments, slots)
+            gathered = gather(output, slots)
+    except (ValueError, OSError) as error:
+        print(f"largebatch: error: {error}", file=sys.stderr)
+        return 2
+    if not findings:
+        requirements = Requirements(memory_per_rank=arguments.need_memory * GIB, disk=arguments.need_disk * GIB)
+        findings = judge(gathered, requirements)
+    if arguments.json:
+        print(json.dumps(as_json(gathered, findings), indent=2))
+    else:
+        print(report_text(gathered, findings))
+    return 1 if any(finding.level == FAILS for finding in findings) else 0
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="largebatch doctor",
+        description="Looks for what would make a run fail: versions, devices, kernels, memory, disk, data, network and clocks "
+        "of every node, through the launcher that starts training.",
+        epilog="Without --hostfile: this machine. Under SLURM: srun ... python -m largebatch.launch.doctor.rank_check | largebatch doctor --read -",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--hostfile", metavar="FILE", help="nodes, as for deepspeed: lines NAME slots=N")
+    parser.add_argument("--data", metavar="DIR", help="folder of the data set, as for launch/train.py")
+    parser.add_argument("--output", metavar="DIR", default="runs", help="where results will go (default: runs)")
+    parser.add_argument(
+        "--ranks", type=positive(int), metavar="N", help="ranks without --hostfile (default: one a GPU, else 2)"
+    )
+    parser.add_argument(
+        "--need_memory", type=positive(float), default=2.0, metavar="GIB", help="host memory of a rank (default: 2)"
+    )
+    parser.add_argument(
+        "--need_disk", type=positive(float), default=1.0, metavar="GIB", help="disk for results (default: 1)"
+    )
+    parser.add_argument(
+        "--timeout", type=positive(float), default=60.0, metavar="SECONDS", help="for the ranks to meet (default: 60)"
+    )
+    parser.add_argument("--master_addr", metavar="ADDRESS", help="of rank 0, as for deepspeed")
+    parser.add_argument(
+        "--master_port", type=positive(int), default=29500, metavar="PORT", help="as for deepspeed (default: 29500)"
+    )
+    parser.add_argument("--ssh_port", type=positive(int), metavar="PORT", help="as for deepspeed")
+    parser.add_argument(
+        "--read", metavar="FILE", help="judge what rank_check has printed under another launcher (-: standard input)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser.parse_args(argv)
+
+
+def positive(kind: type) -> Any:
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text!r}; expected a number > 0")
+        return value
+
+    return convert
+
+
+def launch(arguments: argparse.Namespace, slots: dict[str, int]) -> list[str]:
+    """The output of the deepspeed launcher with one rank_check on every rank.
+
+    Raises:
+        OSError: there is no launcher.
+    """
+    program = shutil.which(
+        "deepspeed", path=os.pathsep.join((os.path.dirname(sys.executable), os.environ.get("PATH", "")))
+    )
+    if program is None:
+        raise FileNotFoundError(
+            "the deepspeed launcher is neither beside this Python nor on the PATH; pip install deepspeed"
+        )
+    command = [program, "--master_port", str(arguments.master_port)]
+    if slots:
+        command += ["--hostfile", arguments.hostfile]
+        command += ["--master_addr", arguments.master_addr] if arguments.master_addr else []
+        command += ["--ssh_port", str(arguments.ssh_port)] if arguments.ssh_port else []
+    else:
+        # no file: one in DeepSpeed's default place would send the check elsewhere
+        command += ["--hostfile", "", "--num_accelerators", str(arguments.ranks or default_ranks())]
+    command += ["--module", "largebatch.launch.doctor.rank_check", "--output", arguments.output]
+    command += ["--timeout", str(arguments.timeout)]
+    command += ["--data", arguments.data] if arguments.data else []
+    process = subprocess.Popen(
+        command,
+        env=launch_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=arguments.timeout + START_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # the launcher then ends the ranks on all nodes
+        try:
+            output, _ = process.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+    except BaseException:
+        process.terminate()
+        raise
+    return output.splitlines()
+
+
+def launch_environment() -> dict[str, str]:
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    import torch
+
+    if not torch.cuda.is_available():
+        env.setdefault("DS_ACCELERATOR", "cpu")
+    return env
+
+
+def default_ranks() -> int:
+    import torch
+
+    return torch.cuda.device_count() or 2
+
+
+def read_lines(path: str) -> list[str]:
+    if path == "-":
+        return sys.stdin.read().splitlines()
+    with open(path, encoding="utf-8") as file:
+        return file.read().splitlines()
+
+
+def as_json(gathered: Gathered, findings: list[Finding]) -> dict[str, Any]:
+    return {
+        "is_ready": not any(finding.level == FAILS for finding in findings),
+        "findings": [dataclasses.asdict(finding) for finding in findings],
+        "nodes": gathered.nodes,
+        "network": gathered.network,
+        "errors": gathered.errors,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
