@@ -14,7 +14,9 @@ from torch import Tensor
 MARKS = ("tensor_model_parallel", "model_parallel")
 """Attributes of a cut parameter: today's and the older one of Megatron."""
 
-GROUP_GETTERS = ("get_tensor_model_parallel_group", "get_model_parallel_group")
+GROUP_GETTERS = ("get_tensor_model_parallel_group", "get_slice_parallel_group", "get_model_parallel_group")
+"""Methods of an mpu: today's of Megatron and DeepSpeed, that of DeepSpeed's pipeline grid (whose model parallel group is the
+stages), and the older one of Megatron."""
 
 
 def is_cut(parameter: Tensor) -> bool:
