@@ -36,6 +36,7 @@ class Pretraining:
     """
 
     sample_name = "sequences"
+    unreadable: dict[str, str] = {}
 
     def __init__(self, section: dict[str, Any], folder: str | None):
         self.section = section
@@ -96,7 +97,8 @@ class Pretraining:
                 yield pending.popleft().result().to(device)
 
     def loss(self, model: nn.Module, batch: PairBatch, *, dtype: torch.dtype) -> Tensor:
-        return sum(losses_of(model, batch)).mean()
+        mlm_losses, nsp_losses = losses_of(model, batch)
+        return (mlm_losses + nsp_losses).mean()
 
     @torch.no_grad()
     def evaluate(

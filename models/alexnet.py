@@ -23,6 +23,8 @@ Parameters at 3 x 227 x 227 and 1,000 classes: 60,965,224; AlexNet-BN the same, 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -30,7 +32,7 @@ from largebatch.config import number, one_of
 
 DROPOUT = number("a number >= 0 and < 1", lambda x: 0 <= x < 1)
 
-CONVOLUTIONS = {
+CONVOLUTIONS: dict[str, dict[str, Any]] = {
     "conv1": dict(out_channels=96, kernel_size=11, stride=4),
     "conv2": dict(out_channels=256, kernel_size=5, padding=2, groups=2),
     "conv3": dict(out_channels=384, kernel_size=3, padding=1),
@@ -134,9 +136,7 @@ def build_alexnet(
     Raises:
         ValueError, TypeError: an option is illegal, or the images are too small.
     """
-    norms: dict[str, nn.Module] = {
-        f"after_relu{i}": LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1.0) for i in (1, 2)
-    }
+    norms: dict[str, nn.Module] = {f"after_relu{i}": LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1.0) for i in (1, 2)}
     return AlexNet(image_shape, num_classes, norms=norms, dropout=dropout, bias_init=bias_init)
 
 

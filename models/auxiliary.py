@@ -6,6 +6,7 @@ In training with ``aux_logits`` they return a tuple (logits, auxiliary logits, .
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -13,7 +14,7 @@ AUXILIARY_LOSS_WEIGHT = 0.3
 """arXiv:1409.4842, section 5."""
 
 
-def loss_with_auxiliaries(outputs: Tensor | tuple[Tensor | None, ...], loss: Callable[[Tensor], Tensor]) -> Tensor:
+def loss_with_auxiliaries(outputs: Tensor | tuple[Any, ...], loss: Callable[[Tensor], Tensor]) -> Tensor:
     """The loss of the logits, and 0.3 times that of each auxiliary classifier where there are any.
 
     Args:

@@ -180,7 +180,7 @@ class SpanBatchNorm(_BatchNorm):
                 f"batch normalisation over one value per channel, got input {tuple(x.shape)}; use a larger span"
             )
         y, mean, variance = Normalise.apply(x, self.weight, self.bias, self.eps, len(x) // ghost_size, self.ranks)
-        if self.running_mean is not None:
+        if self.running_mean is not None and self.running_var is not None:
             momentum = self._count_batch()
             # torch's running variance is the unbiased one
             self.running_mean.lerp_(mean.mean(0).to(self.running_mean.dtype), momentum)
@@ -196,6 +196,7 @@ class SpanBatchNorm(_BatchNorm):
         return F.batch_norm(x, self.running_mean, self.running_var, weight, bias, use_batch, momentum, self.eps)
 
     def _count_batch(self) -> float:
+        assert self.num_batches_tracked is not None
         self.num_batches_tracked += 1
         return 1.0 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
 

@@ -46,7 +46,7 @@ def option_names(name: str) -> list[str]:
     parameters = inspect.signature(cls.__init__).parameters.values()
     free = [p.name for p in parameters if p.default is not p.empty and p.name not in GIVEN_BY_THE_DATA]
     size_option = SIZE_OPTIONS.get(cls.__name__)
-    return free + [size_option] * (size_option is not None and size_option not in free)
+    return free if size_option is None or size_option in free else [*free, size_option]
 
 
 def build(

@@ -12,9 +12,11 @@ from largebatch.models.auxiliary import loss_with_auxiliaries
 from largebatch.models.registry import BUILDERS, TEXT_BUILDERS, build_model, check_model
 
 IMAGENET = (3, 227, 227)
-SMALL_SHAPES = {"lenet": (1, 8, 8), "mlp": (1, 8, 8), "davidnet": (3, 16, 16)} | {
-    name: (3, 64, 64) for name in ("alexnet", "alexnet_bn", "resnet50", "googlenet")
-}
+SMALL_SHAPES = (
+    {"lenet": (1, 8, 8), "mlp": (1, 8, 8), "davidnet": (3, 16, 16)}
+    | {name: (3, 64, 64) for name in ("alexnet", "alexnet_bn")}
+    | {name: (3, 32, 32) for name in ("resnet50", "googlenet")}
+)
 
 
 def num_parameters(model):
@@ -157,14 +159,14 @@ def test_davidnet_follows_its_source():
 
 
 def test_auxiliary_classifiers_count_at_three_tenths():
-    model = build_model("googlenet", image_shape=(3, 64, 64), num_classes=4, options={"aux_logits": True})
-    outputs = model(torch.randn(3, 3, 64, 64))
+    model = build_model("googlenet", image_shape=(3, 32, 32), num_classes=4, options={"aux_logits": True})
+    outputs = model(torch.randn(3, 3, 32, 32))
     labels = torch.tensor([0, 1, 3])
     losses = [nn.functional.cross_entropy(o, labels) for o in outputs]
     found = loss_with_auxiliaries(outputs, lambda logits: nn.functional.cross_entropy(logits, labels))
     assert len(losses) == 3 and torch.allclose(found, losses[0] + 0.3 * (losses[1] + losses[2]))
     model.eval()
-    logits = model(torch.randn(3, 3, 64, 64))
+    logits = model(torch.randn(3, 3, 32, 32))
     assert loss_with_auxiliaries(logits, torch.sum) == logits.sum()
 
 
