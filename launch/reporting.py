@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from typing import Any
 
 from tqdm import tqdm
+
+NUM_AVERAGED = 5
+SECONDS_BETWEEN_SCALARS = 1.0
+"""Monitors write to the disk at every call."""
 
 
 class Reporter:
@@ -25,15 +30,23 @@ class Reporter:
     ):
         self.is_writer = rank == 0
         self.monitor = monitor
+        self.waiting: list[tuple[str, float, int]] = []
+        self.last_written = time.monotonic()
         if self.is_writer:
             self.file = open(path, "a", encoding="utf-8")
             self.num_samples, self.samples_done = num_samples, samples_done
             self.sample_name = sample_name
         self.bar: tqdm | None = None
 
+    def follow(self, monitor: Any) -> None:
+        """From here on scalars go to this monitor."""
+        if self.is_writer and monitor is not self.monitor:
+            self.write_scalars()
+            self.monitor = monitor
+
     def start_bar(self) -> None:
         """From here on progress is shown."""
-        if self.is_writer:
+        if self.is_writer and self.bar is None:
             is_terminal = sys.stderr.isatty()
             self.bar = tqdm(
                 total=self.num_samples,
@@ -52,9 +65,16 @@ class Reporter:
             self.file.flush()
 
     def scalars(self, values: dict[str, float], num_samples: int) -> None:
-        """Writes {tag: value} to every monitor that the ds_config enables; the x axis is samples."""
+        """For every monitor that the ds_config enables, about once a second; the x axis is samples."""
         if self.is_writer:
-            self.monitor.write_events([(tag, float(value), num_samples) for tag, value in values.items()])
+            self.waiting += [(tag, float(value), num_samples) for tag, value in values.items()]
+            if time.monotonic() - self.last_written > SECONDS_BETWEEN_SCALARS:
+                self.write_scalars()
+
+    def write_scalars(self) -> None:
+        self.monitor.write_events(self.waiting)
+        self.waiting = []
+        self.last_written = time.monotonic()
 
     def advance(self, num_samples: int) -> None:
         if self.bar is not None:
@@ -75,6 +95,7 @@ class Reporter:
         if self.is_writer:
             if self.bar is not None:
                 self.bar.close()
+            self.write_scalars()
             self.file.flush()
             os.fsync(self.file.fileno())
             self.file.close()
@@ -90,7 +111,10 @@ def discard_after(path: str, step: int) -> None:
             record = json.loads(line)
         except json.JSONDecodeError:  # the last line of a run that was killed while writing it
             continue
-        if record["event"] not in ("end", "interrupted") and record.get("step", 0) <= step:
+        is_repeated = record["event"] in ("end", "interrupted") or (
+            record["event"] == "stage" and record["step"] == step
+        )
+        if not is_repeated and record.get("step", 0) <= step:
             kept.append(line)
     temporary = f"{path}.partial"
     with open(temporary, "w", encoding="utf-8") as file:
@@ -98,3 +122,20 @@ def discard_after(path: str, step: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def mean_of_last_evaluations(path: str) -> dict[str, float]:
+    """{"<figure>_mean_of_last_5": mean} of the figure of merit, as the LARS paper reports accuracies; empty for fewer than 5.
+
+    Args:
+        path: of a metrics file. With the recipes' one evaluation an epoch these are the last five epochs.
+    """
+    with open(path, encoding="utf-8") as file:
+        events = [json.loads(line) for line in file]
+    last = [event for event in events if event["event"] == "evaluation"][-NUM_AVERAGED:]
+    if len(last) < NUM_AVERAGED:
+        return {}
+    name = next(name for name in last[0] if name not in ("event", "step", "epoch"))
+    if not all(name in event for event in last):
+        return {}
+    return {f"{name}_mean_of_last_{NUM_AVERAGED}": sum(event[name] for event in last) / NUM_AVERAGED}

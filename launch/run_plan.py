@@ -48,11 +48,52 @@ def check_keys(recipe: dict[str, Any]) -> None:
 OFTEN_USED_KEYS = (
     "largebatch", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer",
     "scheduler", "gradient_clipping", "zero_optimization", "zero_allow_untested_optimizer", "fp16", "bf16", "data_types",
-    "communication_data_type", "tensorboard", "csv_monitor", "wandb", "steps_per_print", "wall_clock_breakdown",
+    "communication_data_type", "timers", "tensorboard", "csv_monitor", "wandb", "steps_per_print", "wall_clock_breakdown",
     "prescale_gradients", "gradient_predivide_factor", "activation_checkpointing", "flops_profiler", "checkpoint",
     "zero_force_ds_cpu_optimizer", "aio", "comms_logger", "amp", "dump_state", "elasticity", "autotuning",
     "memory_breakdown", "sparse_gradients", "comet", "torch_autocast", "compile", "seed", "communication_overlap",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One of the trainings that a run consists of, and where in the run it lies.
+
+    Attributes:
+        number: from 0.
+        first_step, first_sample: steps and samples of the run before this stage.
+        total_steps, total_samples: of the whole run.
+    """
+
+    number: int
+    num_stages: int
+    plan: Plan
+    first_step: int
+    first_sample: int
+    total_steps: int
+    total_samples: int
+
+    @property
+    def end(self) -> int:
+        """Steps of the run after this stage."""
+        return self.first_step + self.plan.num_steps
+
+    @property
+    def seed(self) -> int:
+        """Of the data order: each stage has one of its own."""
+        return self.plan.section["seed"] + 104_729 * self.number
+
+
+def make_stages(plans: list[Plan]) -> list[Stage]:
+    """The plans of a run's stages, in their order."""
+    total_steps = sum(plan.num_steps for plan in plans)
+    total_samples = sum(plan.num_steps * plan.global_batch for plan in plans)
+    stages, first_step, first_sample = [], 0, 0
+    for number, plan in enumerate(plans):
+        stages.append(Stage(number, len(plans), plan, first_step, first_sample, total_steps, total_samples))
+        first_step += plan.num_steps
+        first_sample += plan.num_steps * plan.global_batch
+    return stages
 
 
 def micro_batch_candidates(recipe: dict[str, Any], world_size: int) -> list[int]:
@@ -88,6 +129,10 @@ def micro_batch_candidates(recipe: dict[str, Any], world_size: int) -> list[int]
             f"{nearest_multiples(global_batch, unit)}"
         )
     return candidates
+
+
+def is_micro_batch_open(recipe: dict[str, Any]) -> bool:
+    return recipe.get("train_micro_batch_size_per_gpu", "auto") == "auto"
 
 
 def has_span(section: dict[str, Any], micro_batch: int, world_size: int) -> bool:
@@ -173,6 +218,8 @@ def make_plan(recipe: dict[str, Any], *, num_samples: int, world_size: int, outp
     tensorboard = {"enabled": True, "output_path": os.path.abspath(output), "job_name": "tensorboard"}
     config["tensorboard"] = tensorboard | config.get("tensorboard", {})
     config.setdefault("steps_per_print", 10**9)
+    # DeepSpeed's own throughput timer waits for the device twice a micro-step
+    config.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
     return Plan(config, int(num_steps), global_batch, micro_batch, accumulation_steps)
 
 

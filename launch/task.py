@@ -17,11 +17,13 @@ class Task(Protocol):
         num_samples: of the training set.
         sample_name: what a sample is called, in the plural: "images", "sequences". Speeds are reported as
             images_per_second for images and samples_per_second for anything else.
+        unreadable: name -> reason, of the samples that this rank could not read so far.
     """
 
     description: str
     num_samples: int
     sample_name: str
+    unreadable: dict[str, str]
 
     def build_model(self) -> nn.Module:
         """Freshly initialised, fp32, on the CPU; the caller has seeded torch."""

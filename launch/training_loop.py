@@ -6,7 +6,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from largebatch.launch import checkpoints
 from largebatch.launch.reporting import Reporter
-from largebatch.launch.run_plan import Plan
+from largebatch.launch.run_plan import Stage
+from largebatch.launch.running_statistics import averaged_over_ranks
 from largebatch.launch.task import Task
 from largebatch.optim.layerwise import LayerwiseOptimizer
 
@@ -23,7 +24,7 @@ SECONDS_BETWEEN_POLLS = 2.0
 
 
 class Interruption:
-    """Ctrl-C and SIGTERM ask for a stop; the loop asks here, between micro-steps, whether any rank was asked."""
+    """Ctrl-C and SIGTERM ask for a stop; the loop asks here whether any rank was asked."""
 
     def __init__(self):
         self.is_requested = False
@@ -43,7 +44,7 @@ class Interruption:
 
 @dataclass
 class Outcome:
-    """How a run ended."""
+    """How a stage, and so far the run, ended."""
 
     step: int
     is_complete: bool
@@ -52,8 +53,50 @@ class Outcome:
     checkpoint: str
 
 
+@dataclass
+class TakenStep:
+    """A step that was enqueued on the device, to be reported once the next one has been, too.
+
+    Attributes:
+        agreed: [4] fp64 on the device, summed over the ranks: loss, requests to stop, seconds of the step before, ranks.
+        fields: of its line in the metrics file, known at once. layers: of its layers, or None.
+    """
+
+    step: int
+    agreed: Tensor
+    fields: dict[str, Any]
+    layers: dict[str, dict[str, float]] | None
+
+
+@dataclass
+class Speed:
+    """Samples trained and seconds spent on them, evaluations and checkpoints aside."""
+
+    seconds: float = 0.0
+    samples: int = 0
+    last: float = field(default_factory=time.perf_counter)
+
+    def restart(self) -> None:
+        self.last = time.perf_counter()
+
+    def count(self, num_samples: int) -> float:
+        """Seconds since the last call or restart."""
+        now = time.perf_counter()
+        seconds, self.last = now - self.last, now
+        self.seconds += seconds
+        self.samples += num_samples
+        return seconds
+
+    @property
+    def samples_per_second(self) -> float:
+        return self.samples / self.seconds if self.seconds else 0.0
+
+
 class TrainingLoop:
-    """Everything a run needs, built by train.py.
+    """One stage of a run, built by train.py.
+
+    A step costs one all-reduce of our own. Its result is looked at after the next step has been enqueued, so that the
+    device never waits for the report.
 
     Args:
         engine: what deepspeed.initialize returned.
@@ -61,134 +104,186 @@ class TrainingLoop:
     """
 
     def __init__(
-        self, engine: Any, plan: Plan, task: Task, reporter: Reporter, *, folder: str, rank: int, world_size: int
+        self, engine: Any, stage: Stage, task: Task, reporter: Reporter, *, folder: str, rank: int, world_size: int
     ):
-        self.engine, self.plan, self.task, self.reporter, self.folder = engine, plan, task, reporter, folder
+        self.engine, self.stage, self.plan, self.task = engine, stage, stage.plan, task
+        self.reporter, self.folder = reporter, folder
         self.rank, self.world_size = rank, world_size
         self.device = engine.device
         self.dtype = next(engine.module.parameters()).dtype
         self.interruption = Interruption()
         self.micro_steps_between_polls = 1
-        self.training_seconds, self.samples_trained = 0.0, 0
+        self.taken: TakenStep | None = None
+        self.is_stopping = False
+        self.last_step_seconds = 0.0
+        self.num_unreadable = 0
 
     def run(self, first_step: int) -> Outcome:
-        """Trains from ``first_step`` to the end, evaluating and saving on the way."""
+        """Trains from step ``first_step`` of this stage to its end, evaluating and saving on the way."""
         plan, section = self.plan, self.plan.section
         steps_per_epoch = self.task.num_samples / plan.global_batch
-        batches = self.task.micro_batches(
-            seed=section["seed"],
-            global_batch=plan.global_batch,
-            micro_batch=plan.micro_batch,
-            rank=self.rank,
-            world_size=self.world_size,
-            device=self.device,
-            first_step=first_step,
-        )
         figures: dict[str, float] = {}
         step = first_step
         self.reporter.start_bar()
-        with self.interruption.watched():
+        self.speed = Speed()
+        with self.interruption.watched(), contextlib.closing(self._batches(first_step)) as batches:
             while step < plan.num_steps:
                 if not self._train_one_step(step, batches):
-                    checkpoint = self._save(step)
-                    self.reporter.event("interrupted", step=step, checkpoint=checkpoint)
-                    return Outcome(step, False, figures, self._throughput(), checkpoint)
+                    break
                 step += 1
                 is_last = step == plan.num_steps
                 if is_last or crosses(step, section["evaluate_every_epochs"] * steps_per_epoch):
                     figures = self._evaluate(step)
                 if not is_last and crosses(step, (section["save_every_epochs"] or float("inf")) * steps_per_epoch):
                     self._save(step)
+            self._report_taken()
+            if step < plan.num_steps:
+                checkpoint = self._save(step)
+                self.reporter.event("interrupted", step=self._total(step), checkpoint=checkpoint)
+                return Outcome(self._total(step), False, figures, self.speed.samples_per_second, checkpoint)
             if not figures:
                 figures = self._evaluate(step)
-            return Outcome(step, True, figures, self._throughput(), self._save(step))
+            return Outcome(self._total(step), True, figures, self.speed.samples_per_second, self._save(step))
+
+    def _batches(self, first_step: int) -> Iterator[Any]:
+        return self.task.micro_batches(
+            seed=self.stage.seed,
+            global_batch=self.plan.global_batch,
+            micro_batch=self.plan.micro_batch,
+            rank=self.rank,
+            world_size=self.world_size,
+            device=self.device,
+            first_step=first_step,
+        )
+
+    def _total(self, step: int) -> int:
+        """Steps of the whole run after ``step`` of this stage."""
+        return self.stage.first_step + step
 
     def _train_one_step(self, step: int, batches: Iterator[Any]) -> bool:
-        """Accumulates one global batch and steps; False if interrupted before the step was taken."""
+        """Accumulates one global batch and steps; False if a stop was asked for before the step was taken."""
         engine, plan = self.engine, self.plan
         # dropout depends on seed, step and rank alone, so that a resumed run draws what the first would have
-        torch.manual_seed((plan.section["seed"] * 1_000_003 + step) * 65_537 + self.rank)
+        torch.manual_seed((plan.section["seed"] * 1_000_003 + self._total(step)) * 65_537 + self.rank)
         lr = engine.get_lr()[0]
         engine.train()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        start = time.perf_counter()
         for micro_step in range(plan.accumulation_steps):
-            if micro_step % self.micro_steps_between_polls == 0 and self._is_interrupted():
+            if self._is_interrupted(micro_step):
                 return False
             loss = self.task.loss(engine, next(batches), dtype=self.dtype)
             engine.backward(loss)
             engine.step()
             loss_sum += loss.detach()
             self.reporter.advance(plan.micro_batch * self.world_size)
-        mean_loss = self._mean_over_ranks(loss_sum / plan.accumulation_steps)
-        seconds = time.perf_counter() - start
-        self._tune_polling(seconds / plan.accumulation_steps)
-        self.training_seconds += seconds
-        self.samples_trained += plan.global_batch
-        self._report(step + 1, lr, mean_loss, plan.global_batch / seconds)
+        mine = [float(self.interruption.is_requested), self.last_step_seconds, 1.0]
+        agreed = torch.cat(
+            [loss_sum.view(1) / plan.accumulation_steps, torch.tensor(mine, dtype=torch.float64).to(self.device)]
+        )
+        if self.world_size > 1:
+            dist.all_reduce(agreed)
+        self._report_taken()
+        fields: dict[str, Any] = {"lr": lr, "is_applied": engine.was_step_applied()}
+        if engine.fp16_enabled():
+            fields["loss_scale"] = engine.optimizer.loss_scale
+        self.taken = TakenStep(step + 1, agreed, fields, self._layers(step + 1))
         return True
 
-    def _mean_over_ranks(self, value: Tensor) -> float:
-        if self.world_size > 1:
-            dist.all_reduce(value)
-        return value.item() / self.world_size
+    def _is_interrupted(self, micro_step: int) -> bool:
+        """Whether any rank was asked to stop; all ranks ask at the same micro-steps.
 
-    def _is_interrupted(self) -> bool:
-        """Whether any rank was asked to stop. A collective: all ranks ask at the same micro-steps."""
+        A step of less than SECONDS_BETWEEN_POLLS brings the news with its loss; a longer one asks on the way, too.
+        """
+        if self.is_stopping:
+            return True
         if self.world_size == 1:
             return self.interruption.is_requested
+        is_first_step = self.taken is None and self.last_step_seconds == 0
+        if micro_step % self.micro_steps_between_polls or (micro_step == 0 and not is_first_step):
+            return False
         flag = torch.tensor(float(self.interruption.is_requested), device=self.device)
         dist.all_reduce(flag)
         return bool(flag.item())
 
-    def _tune_polling(self, seconds_per_micro_step: float) -> None:
-        """Long steps are polled every two seconds or so, short ones once; decided by rank 0 for all."""
-        interval = torch.tensor(max(1.0, SECONDS_BETWEEN_POLLS / max(seconds_per_micro_step, 1e-6)), device=self.device)
-        if self.world_size > 1:
-            dist.broadcast(interval, src=0)
-        self.micro_steps_between_polls = int(interval.item())
-
-    def _report(self, step: int, lr: float, loss: float, samples_per_second: float) -> None:
-        engine, section = self.engine, self.plan.section
-        num_samples = step * self.plan.global_batch
-        scalars = {"Train/loss": loss, "Train/lr": lr, f"Train/{speed_name(self.task)}": samples_per_second}
-        if engine.fp16_enabled():
-            scalars["Train/loss_scale"] = engine.optimizer.loss_scale
-        self.reporter.status(loss=f"{loss:.4f}", lr=f"{lr:.4g}", step=f"{step}/{self.plan.num_steps}")
-        self.reporter.event(
-            "step",
-            step=step,
-            epoch=num_samples / self.task.num_samples,
-            loss=loss,
-            lr=lr,
-            is_applied=engine.was_step_applied(),
-            **{speed_name(self.task): samples_per_second},
-            **({"loss_scale": scalars["Train/loss_scale"]} if "Train/loss_scale" in scalars else {}),
+    def _report_taken(self) -> None:
+        """Reports the step that was taken last, if that has not been done; waits for the device."""
+        if self.taken is None:
+            return
+        taken, self.taken = self.taken, None
+        loss, num_requests, seconds, num_ranks = taken.agreed.tolist()
+        loss /= num_ranks
+        self.is_stopping = num_requests > 0
+        if seconds:  # the mean over the ranks, so the same on all
+            seconds_per_micro_step = seconds / num_ranks / self.plan.accumulation_steps
+            self.micro_steps_between_polls = max(1, int(SECONDS_BETWEEN_POLLS / seconds_per_micro_step))
+        self.last_step_seconds = self.speed.count(self.plan.global_batch)
+        speed = {speed_name(self.task): self.plan.global_batch / self.last_step_seconds}
+        num_samples = taken.step * self.plan.global_batch
+        step = self._total(taken.step)
+        self.reporter.status(
+            loss=f"{loss:.4f}", lr=f"{taken.fields['lr']:.4g}", step=f"{step}/{self.stage.total_steps}"
         )
-        optimizer = engine.basic_optimizer
-        is_due = step % section["layer_stats_every_steps"] == 0 or step in (1, self.plan.num_steps)
+        self.reporter.event(
+            "step", step=step, epoch=num_samples / self.task.num_samples, loss=loss, **taken.fields, **speed
+        )
+        scalars = {"loss": loss, "lr": taken.fields["lr"], **speed}
+        if "loss_scale" in taken.fields:
+            scalars["loss_scale"] = taken.fields["loss_scale"]
+        tagged = {f"Train/{name}": value for name, value in scalars.items()}
+        if taken.layers is not None:
+            self.reporter.event("layers", step=step, layers=taken.layers)
+            for name, figures in taken.layers.items():
+                tagged[f"TrustRatio/{name}"] = figures["trust_ratio"]
+                tagged[f"LocalLR/{name}"] = figures["local_lr"]
+        self.reporter.scalars(tagged, self.stage.first_sample + num_samples)
+
+    def _layers(self, step: int) -> dict[str, dict[str, float]] | None:
+        """Norms and ratios of the layers where this step is one whose are wanted."""
+        optimizer = self.engine.basic_optimizer
+        is_due = step % self.plan.section["layer_stats_every_steps"] == 0 or step in (1, self.plan.num_steps)
         if isinstance(optimizer, LayerwiseOptimizer) and is_due and self.rank == 0:
-            layers = optimizer.layer_stats()
-            self.reporter.event("layers", step=step, layers=layers)
-            for name, figures in layers.items():
-                scalars[f"TrustRatio/{name}"] = figures["trust_ratio"]
-                scalars[f"LocalLR/{name}"] = figures["local_lr"]
-        self.reporter.scalars(scalars, num_samples)
+            return optimizer.layer_stats()
+        return None
 
     def _evaluate(self, step: int) -> dict[str, float]:
-        figures = self.task.evaluate(
-            self.engine.module, dtype=self.dtype, rank=self.rank, world_size=self.world_size, device=self.device
-        )
+        self._report_taken()
+        with averaged_over_ranks(self.engine.module):
+            figures = self.task.evaluate(
+                self.engine.module, dtype=self.dtype, rank=self.rank, world_size=self.world_size, device=self.device
+            )
         num_samples = step * self.plan.global_batch
-        self.reporter.event("evaluation", step=step, epoch=num_samples / self.task.num_samples, **figures)
-        self.reporter.scalars({f"Test/{name}": value for name, value in figures.items()}, num_samples)
+        epoch = num_samples / self.task.num_samples
+        self.reporter.event("evaluation", step=self._total(step), epoch=epoch, **figures)
+        tagged = {f"Test/{name}": value for name, value in figures.items()}
+        self.reporter.scalars(tagged, self.stage.first_sample + num_samples)
+        self._report_unreadable(step)
+        self.speed.restart()
         return figures
 
-    def _save(self, step: int) -> str:
-        return checkpoints.save(self.engine, self.folder, step, local_rank=self.engine.local_rank)
+    def _report_unreadable(self, step: int) -> None:
+        """A line with all samples that no rank could read, once there are new ones. A collective."""
+        found = self.task.unreadable
+        counts = torch.tensor([len(found)], device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(counts)
+        if counts.item() == self.num_unreadable:
+            return
+        self.num_unreadable = counts.item()
+        everywhere = [found]
+        if self.world_size > 1:
+            everywhere = [{} for _ in range(self.world_size)]
+            dist.all_gather_object(everywhere, found)
+        merged = {name: reason for of_rank in everywhere for name, reason in of_rank.items()}
+        self.reporter.say(f"{len(merged)} files could not be read so far; metrics.jsonl names them")
+        self.reporter.event("unreadable", step=self._total(step), count=len(merged), files=merged)
 
-    def _throughput(self) -> float:
-        return self.samples_trained / self.training_seconds if self.training_seconds else 0.0
+    def _save(self, step: int) -> str:
+        self._report_taken()
+        checkpoint = checkpoints.save(
+            self.engine, self.folder, self._total(step), rank=self.rank, local_rank=self.engine.local_rank
+        )
+        self.speed.restart()
+        return checkpoint
 
 
 def speed_name(task: Task) -> str:

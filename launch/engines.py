@@ -1,0 +1,153 @@
+"""DeepSpeed engines: of a stage's model, and those on which micro-batches are tried out."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import types
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from largebatch.launch.micro_batch import Trial, largest_that_fits
+from largebatch.launch.parameter_groups import parameter_groups
+from largebatch.launch.recipe_section import check_section
+from largebatch.launch.run_plan import Plan, make_plan, micro_batch_candidates
+from largebatch.launch.task import Task
+from largebatch.models.batch_norm import MICRO_BATCH, apply_batch_norm_span
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed with largebatch registered, without its chatter, and with gloo alone on the CPU."""
+    # torch 2.15 deprecates collectives under the names by which DeepSpeed 0.19.8 calls them
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(deepspeed|torch)\..*")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(
+                max(
+                    1,
+                    len(os.sched_getaffinity(0))
+                    // int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", 1)),
+                )
+            )
+    import deepspeed
+    from deepspeed.utils import logger
+
+    import largebatch
+
+    logger.setLevel(logging.WARNING)
+    largebatch.register()
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        # DeepSpeed's shared-memory all-reduce needs a compiler and leaves 66 MB per rank in /dev/shm after each run
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def check_optimizer_type(name: Any) -> None:
+    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
+
+    from largebatch.config import nearest_hint
+    from largebatch.register import OPTIMIZERS
+
+    if not isinstance(name, str) or (name.lower() not in DEEPSPEED_OPTIMIZERS and not hasattr(torch.optim, name)):
+        known = [cls.__name__ for cls in OPTIMIZERS.values()] + ["SGD", "Adam", "AdamW", "Adagrad"]
+        hint = nearest_hint(name, known) or nearest_hint(str(name).upper(), known)
+        raise ValueError(f"optimizer.type is {name!r}; expected {', '.join(known)}, or a class of torch.optim{hint}")
+
+
+def build_engine(task: Task, plan: Plan, *, world_size: int) -> tuple[Any, str, Any]:
+    """A freshly initialised model and its optimizer, sharded and on the device. A collective.
+
+    Returns:
+        The engine; one line on batch normalisation, "" without; the monitor that the ds_config asks for. The engine itself
+        gets a silent one: its own figures repeat ours, and it would write to the disk at every step.
+    """
+    import deepspeed
+
+    torch.manual_seed(plan.section["seed"])
+    model = task.build_model()
+    batch_norm = set_batch_norm_span(model, plan, plan.micro_batch, world_size)
+    with contextlib.redirect_stdout(None):  # BF16_Optimizer prints memory figures whatever the log level
+        groups = parameter_groups(model, plan.section["no_weight_decay"])
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=plan.config)
+    monitor, engine.monitor = engine.monitor, types.SimpleNamespace(enabled=False)
+    return engine, batch_norm, monitor
+
+
+def set_batch_norm_span(model: nn.Module, plan: Plan, micro_batch: int, world_size: int) -> str:
+    line = apply_batch_norm_span(
+        model,
+        span=plan.section["batch_norm"].get("span", MICRO_BATCH),
+        micro_batch=micro_batch,
+        accumulation_steps=plan.global_batch // (micro_batch * world_size),
+        world_size=world_size,
+    )
+    return "" if line == "no batch normalisation" else line
+
+
+def find_micro_batch(
+    recipe: dict[str, Any],
+    task: Task,
+    *,
+    earlier: dict[str, Any] | None,
+    world_size: int,
+    output: str,
+    device: torch.device | None = None,
+) -> None:
+    """Puts the largest micro-batch that fits on a GPU in the place of "auto". A collective. On a CPU does nothing.
+
+    A run that is resumed keeps its micro-batch where that is still possible: batch normalisation may depend on it.
+
+    Args:
+        recipe: of one stage, checked; written.
+        earlier: the filled-in config of the run that is to be resumed, or None.
+        device: where to try; None: the GPU of this rank, if there is one.
+    """
+    recipe["largebatch"] = check_section(recipe)
+    candidates = micro_batch_candidates(recipe, world_size)
+    kept = (earlier or {}).get("train_micro_batch_size_per_gpu")
+    if kept in candidates:
+        recipe["train_micro_batch_size_per_gpu"] = kept
+        return
+    if device is None:
+        if not torch.cuda.is_available():
+            return
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    smallest = recipe | {"train_micro_batch_size_per_gpu": candidates[0]}
+    plan = make_plan(smallest, num_samples=task.num_samples, world_size=world_size, output=output)
+    plan.config["optimizer"]["params"]["lr"] = 0.0
+    plan.config["tensorboard"] = {"enabled": False}
+    plan.config.pop("scheduler", None)
+
+    def batch_of(micro_batch: int) -> Any:
+        batches = task.micro_batches(
+            seed=plan.section["seed"],
+            global_batch=micro_batch,
+            micro_batch=micro_batch,
+            rank=0,
+            world_size=1,
+            device=device,
+            first_step=0,
+        )
+        with contextlib.closing(batches):
+            return next(batches)
+
+    def loss(engine: Any, batch: Any) -> torch.Tensor:
+        return task.loss(engine, batch, dtype=next(engine.module.parameters()).dtype)
+
+    trial = Trial(
+        lambda: build_engine(task, plan, world_size=world_size)[0],
+        batch_of,
+        loss,
+        lambda engine, micro_batch: set_batch_norm_span(engine.module, plan, micro_batch, world_size),
+        device,
+    )
+    try:
+        found = largest_that_fits(candidates, trial.fits, device=device, world_size=world_size)
+    finally:
+        trial.release()
+    recipe["train_micro_batch_size_per_gpu"] = found

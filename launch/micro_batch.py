@@ -1,0 +1,165 @@
+"""The largest micro-batch that fits into the memory of the device, when a recipe leaves it open.
+
+Every rank tries sizes on an engine that is thrown away afterwards, with the model, the optimizer and the data of the run: two
+micro-steps and an optimizer step, with collectives that send nothing, so that a rank that runs out of memory keeps no other
+waiting. Then the ranks agree on the least of what fits. The training engine is built anew: nothing of a failed try, partial
+gradients least of all, is in it, and the global batch, the order of the data and the weights are what they would have been.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+SHARE_OF_MEMORY = 0.95
+"""What tries may take of a GPU; the rest is for fragmentation and the libraries' own allocations."""
+
+OUT_OF_MEMORY_MESSAGES = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+"""Of RuntimeErrors that mean the same as torch.OutOfMemoryError."""
+
+COLLECTIVES = re.compile(r"_?(all|broadcast|reduce|gather|scatter|barrier|monitored_barrier|send|recv)")
+"""Beginnings of the names of torch.distributed.ProcessGroup's methods through which all communication goes."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY_MESSAGES)
+
+
+def largest_that_fits(
+    candidates: Sequence[int], fits: Callable[[int], bool], *, device: torch.device, world_size: int
+) -> int:
+    """The largest candidate that fits on every rank. A collective.
+
+    Args:
+        candidates: ascending; if one fits, all smaller ones do.
+        fits: whether a micro-batch fits on this rank; not a collective.
+
+    Raises:
+        ValueError: on every rank, if not even the smallest fits on all.
+    """
+    below, above = -1, len(candidates)  # the largest that fits lies in [below, above)
+    while above - below > 1:
+        middle = max(0, (below + above) // 2)
+        if fits(candidates[middle]):
+            below = middle
+        else:
+            above = middle
+    agreed = torch.tensor(below, device=device)
+    if world_size > 1:
+        dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
+    if agreed.item() < 0:
+        raise ValueError(
+            f"out of memory with the smallest possible micro-batch, {candidates[0]}, on at least one of {world_size} ranks; "
+            "expected a model that fits. Use a higher zero_optimization.stage, offload_optimizer, bf16, or more GPUs"
+        )
+    return candidates[agreed.item()]
+
+
+class Finished:
+    """What a collective that was not sent returns."""
+
+    def wait(self, *_: Any) -> bool:
+        return True
+
+    def is_completed(self) -> bool:
+        return True
+
+    def get_future(self) -> torch.futures.Future:
+        future: torch.futures.Future = torch.futures.Future()
+        future.set_result(None)
+        return future
+
+
+@contextlib.contextmanager
+def silent_collectives() -> Iterator[None]:
+    """Inside, collectives return at once and leave their tensors as they are, and new process groups are the world's."""
+    group = dist.ProcessGroup
+    originals = {name: method for name, method in vars(group).items() if COLLECTIVES.match(name)}
+    new_group = dist.new_group
+    try:
+        for name in originals:
+            setattr(group, name, lambda *_, **__: Finished())
+        dist.new_group = lambda *_, **__: dist.group.WORLD
+        yield
+    finally:
+        dist.new_group = new_group
+        for name, original in originals.items():
+            setattr(group, name, original)
+
+
+class Trial:
+    """Tries micro-batches on this rank.
+
+    Args:
+        build_engine: the engine of the run, for the smallest micro-batch. The first call is a collective.
+        batch_of: micro-batch -> a batch of this rank's data.
+        loss: engine, batch -> loss.
+        set_micro_batch: engine, micro-batch -> None; tells the model, as batch normalisation needs.
+    """
+
+    def __init__(
+        self,
+        build_engine: Callable[[], Any],
+        batch_of: Callable[[int], Any],
+        loss: Callable[[Any, Any], torch.Tensor],
+        set_micro_batch: Callable[[Any, int], None],
+        device: torch.device,
+    ):
+        self.build_engine, self.batch_of, self.loss = build_engine, batch_of, loss
+        self.set_micro_batch, self.device = set_micro_batch, device
+        self.engine: Any = build_engine()
+
+    def fits(self, micro_batch: int) -> bool:
+        """Whether this rank can take two micro-steps and a step; only running out of memory means that it cannot."""
+        if self.engine is None:
+            with silent_collectives():
+                self.engine = self.build_engine()
+        try:
+            with silent_collectives(), memory_limited(self.device):
+                self._step(micro_batch)
+            return True
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        self.release()  # outside the handler, whose traceback holds on to the activations
+        return False
+
+    def _step(self, micro_batch: int) -> None:
+        self.set_micro_batch(self.engine, micro_batch)
+        batch = self.batch_of(micro_batch)
+        self.engine.train()
+        for is_last in (False, True):
+            self.engine.set_gradient_accumulation_boundary(is_last)
+            self.engine.backward(self.loss(self.engine, batch))
+            self.engine.step()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def release(self) -> None:
+        """Gives all memory back."""
+        if self.engine is not None:
+            self.engine.destroy()
+        self.engine = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def memory_limited(device: torch.device) -> Iterator[None]:
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.set_per_process_memory_fraction(SHARE_OF_MEMORY, device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
