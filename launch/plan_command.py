@@ -157,6 +157,7 @@ def make(arguments: argparse.Namespace) -> Planned:
             raise ValueError(f"--{option} goes with --model; {arguments.recipe} has its own")
     if arguments.network is not None and arguments.nodes == 1:
         raise ValueError("--network is between nodes and there is one; for the links inside it give --gpu-network")
+    stage, cluster = zero_stage(arguments.zero_stage), cluster_of(arguments)
     name, recipe = plan_recipe.read(arguments, read_recipe)
     recipe = stage_of(recipe, arguments.recipe_stage, name)
     if arguments.precision:
@@ -166,7 +167,6 @@ def make(arguments: argparse.Namespace) -> Planned:
         recipe["largebatch"] |= {"epochs": arguments.epochs, "steps": None}
     section = recipe["largebatch"]
     num_samples = samples_of(section, arguments.samples)
-    cluster = cluster_of(arguments)
 
     notes = [] if arguments.recipe else [f"starting from the recipe {name}, the nearest in batch"]
     asked = arguments.global_batch or recipe["train_batch_size"]
@@ -201,7 +201,7 @@ def make(arguments: argparse.Namespace) -> Planned:
         demand,
         candidates,
         gpu_memory=memory,
-        stage=zero_stage(arguments.zero_stage),
+        stage=stage,
         offload=arguments.offload,
         micro_batch=arguments.micro_batch,
     )
@@ -239,6 +239,7 @@ def stage_of(recipe: dict[str, Any], stage: int | None, name: str) -> dict[str, 
 
 
 def zero_stage(text: str) -> int | None:
+    """None for "auto"."""
     if text == "auto":
         return None
     if text not in ("0", "1", "2", "3"):
@@ -261,6 +262,7 @@ def samples_of(section: dict[str, Any], given: int | None) -> int | None:
 
 
 def cluster_of(arguments: argparse.Namespace) -> Cluster:
+    """The nodes and networks of the command line, else those of this machine."""
     gpus = arguments.gpus or torch.cuda.device_count()
     if not gpus:
         raise ValueError("this machine has no GPU; say with --gpus how many a node will have")

@@ -210,18 +210,23 @@ def reduction_workspace(layout: Layout, num_parameters: int, largest: int, activ
     if layout.stage == 0:
         return {"workspace": width * min(num_parameters, DEFAULT_BUCKET_ELEMENTS)}
     if layout.wrapper == "BF16_Optimizer":
-        return {"workspace": 0}
+        return {"workspace": 4 * largest}  # a gradient in fp32, on its way to the sums
     if layout.stage == 1:
         return {"workspace": 4 * largest if width == 4 else 2 * num_parameters}
-    copies = width * bucket + 4 * bucket + 2 * largest * (width == 2)
-    held = activations if bucket < num_parameters else 0
-    return {"activations": held, "workspace": gathered_weights(layout, num_parameters) + copies}
+    # flattened, and again in fp32 where it is not; with a part of the model in the bucket, backward goes on meanwhile
+    copies = 4 * bucket + (2 * bucket if width == 2 else 0)
+    if bucket == num_parameters:
+        return {"workspace": gathered_weights(layout, num_parameters) + copies}
+    return {
+        "activations": activations,
+        "workspace": gathered_weights(layout, num_parameters) + copies + 2 * width * largest,
+    }
 
 
 def step_workspace(layout: Layout, num_parameters: int, largest_fragment: int, shard: int) -> int:
     """fp64 copies for the gradients' norm, or fp32 gradients where they are in 16 bits until then."""
     if layout.wrapper == "FP16_UnfusedOptimizer":
         return 4 * num_parameters
-    if layout.stage == 0 or layout.offload != "none":
+    if layout.stage == 0 or layout.offload != "none" or layout.wrapper == "BF16_Optimizer":
         return 0
     return 8 * largest_fragment + (4 * shard if layout.stage == 3 else 0)
