@@ -19,10 +19,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 from harness import preamble  # noqa: E402
-from support import engine_memory  # noqa: E402
-from support.rank_pool import RankPool  # noqa: E402
 
 from largebatch.planning.memory import Layout, memory  # noqa: E402
+from support import engine_memory  # noqa: E402
+from support.rank_pool import RankPool  # noqa: E402
 
 MICRO_BATCH, ACCUMULATION = 16, 4
 

@@ -14,9 +14,13 @@ from largebatch.planning.planner import batch_unit, nearest_batches
 from largebatch.planning.scaling_rules import Rates, default_rule, lars_table_rates, scaled_rates
 from largebatch.schedule import scaled_lr
 
+LARS_PAPER = "1708.03888"
+
 
 def nearest_recipe(model: str, data: str | None, optimizer: str | None, global_batch: int | None) -> tuple[str, dict]:
     """Name and content of the package's recipe for model, data and optimizer whose batch is nearest.
+
+    For LARS at a batch that no recipe has, one of the LARS paper, whose table then has the learning rate.
 
     Raises:
         ValueError: there is none.
@@ -34,10 +38,16 @@ def nearest_recipe(model: str, data: str | None, optimizer: str | None, global_b
     wanted = global_batch or 1
 
     def distance(item: tuple[str, dict]) -> tuple:
-        batch = item[1]["train_batch_size"]
-        return max(batch, wanted) / min(batch, wanted), len(item[0]), item[0]
+        name, recipe = item
+        batch = recipe["train_batch_size"]
+        is_other_lars = recipe["optimizer"]["type"].lower() == "lars" and not is_of_lars_paper(recipe)
+        return batch != wanted, is_other_lars, max(batch, wanted) / min(batch, wanted), len(name), name
 
     return min(found, key=distance)
+
+
+def is_of_lars_paper(recipe: dict[str, Any]) -> bool:
+    return LARS_PAPER in (recipe["largebatch"].get("source") or "")
 
 
 def read(arguments: Any, read_file: Any) -> tuple[str, dict[str, Any]]:
@@ -113,6 +123,11 @@ def planned_rates(
                 f"--rule table is of the LARS paper, and the optimizer is {optimizer}; use linear, sqrt or none"
             )
         rates = lars_table_rates(recipe["largebatch"]["model"], global_batch)
+        if not is_of_lars_paper(recipe):
+            raise ValueError(
+                f"the LARS paper's table goes with its own settings, and the recipe is from {recipe['largebatch']['source']!r}; "
+                "start from a recipe of arXiv:1708.03888 (`largebatch recipes --text 1708.03888`), or give --rule sqrt, linear or none"
+            )
     else:
         lr, warmup = base_rates(recipe, num_samples)
         schedule = recipe.get("scheduler", {}).get("params", {})

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from largebatch.launch import plan_command
+from largebatch.launch import plan_command, plan_recipe
 from largebatch.launch.recipe_files import load_recipes
 from largebatch.launch.run_plan import make_plan
 from largebatch.planning.activations import probe
@@ -73,6 +73,12 @@ def test_the_nearest_recipe_is_named(capsys):
     assert found["notes"][0] == "starting from the recipe lenet_mnist_lamb_8k, the nearest in batch"
 
 
+def test_lars_between_recipes_starts_from_the_papers():
+    """At 3,000 the nearest recipe is MLPerf's, whose other settings don't go with the paper's table."""
+    assert plan_recipe.nearest_recipe("resnet50", "imagenet", "LARS", 3000)[0] == "resnet50_imagenet_lars_8k_maxaug"
+    assert plan_recipe.nearest_recipe("resnet50", "imagenet", "LARS", 4096)[0] == "resnet50_imagenet_lars_4k_nus"
+
+
 def test_little_memory_makes_a_smaller_micro_batch(capsys):
     mnist = ("--recipe", "lenet_mnist_lamb_32k", "--gpus", 2, "--throughput", 1)
     free, tight = (planned(capsys, *mnist, *more)["micro_batch"] for more in ((), ("--gpu-memory", "80MB")))
@@ -86,8 +92,8 @@ def test_little_memory_makes_a_smaller_micro_batch(capsys):
     [
         ((), "give either --recipe, or --model"),
         (("--recipe", "lenet_mnist_lamb_8k", "--data", "mnist"), "--data goes with --model"),
-        (("--recipe", "lenet_mnist_lam_8k"), "did you mean 'lenet_mnist_lamb_8k'"),
-        (("--model", "lenet", "--data", "imagenet"), "there is no recipe for lenet, imagenet"),
+        (("--recipe", "lenet_mnist_lam_8k", "--gpus", "1"), "did you mean 'lenet_mnist_lamb_8k'"),
+        (("--model", "lenet", "--data", "imagenet", "--gpus", "1"), "there is no recipe for lenet, imagenet"),
         ((*MLP, "--zero-stage", "4"), "--zero-stage is '4'; expected 0, 1, 2, 3 or auto"),
         ((*MLP, "--micro-batch", "7"), "--micro-batch 7 does not divide 480 samples.*the nearest that do: 6 and 8"),
         ((*MLP, "--rule", "table"), "--rule table is of the LARS paper"),
@@ -96,6 +102,10 @@ def test_little_memory_makes_a_smaller_micro_batch(capsys):
         ((*MLP, "--recipe-stage", "1"), "has no stages; leave it out"),
         (("--recipe", "bert_text_lamb_32k", "--gpus", "1"), "has 2 stages, each a plan of its own"),
         (("--recipe", "lenet_mnist_lars_8k", "--gpus", "1", "--global-batch", "4096"), "no table for 'lenet'.*--rule sqrt"),
+        (
+            ("--recipe", "resnet50_imagenet_lars_4k_mlperf", "--gpus", "1", "--global-batch", "2048"),
+            "the LARS paper's table goes with its own settings, and the recipe is from 'MLPerf",
+        ),
         (("--recipe", "lenet_digits_sgd_480", "--gpus", "1", "--offload", "optimizer", "--zero-stage", "0"), "no plan"),
     ],
 )  # fmt: skip
