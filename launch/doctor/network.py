@@ -5,7 +5,9 @@ from __future__ import annotations
 import datetime
 import os
 import statistics
+import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,8 +20,15 @@ PING_REPEATS = 20
 LINE_BYTES = 1 << 22
 
 
-def measure(rank: int, world_size: int, local_rank: int, *, timeout: float) -> dict[str, Any]:
+def measure(
+    rank: int, world_size: int, local_rank: int, *, timeout: float, on_timeout: Callable[[], None]
+) -> dict[str, Any]:
     """Joins the process group, measures, and leaves it. Collective.
+
+    Args:
+        timeout: seconds for the ranks to meet.
+        on_timeout: called from another thread when they have not; must end the process, since gloo tries on for five
+            times its own timeout and cannot be told to stop.
 
     Returns:
         On rank 0: ``backend``, ``world_size``, ``all_reduce`` (list of bytes, seconds and bus bandwidth in bytes/s) and
@@ -32,15 +41,19 @@ def measure(rank: int, world_size: int, local_rank: int, *, timeout: float) -> d
     if has_cuda:
         torch.cuda.set_device(local_rank)
     device = torch.device("cuda", local_rank) if has_cuda else torch.device("cpu")
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if has_cuda else "gloo",
-        rank=rank,
-        world_size=world_size,
-        timeout=datetime.timedelta(seconds=timeout),
-    )
+    watch = threading.Timer(timeout, on_timeout)
+    watch.daemon = True
+    watch.start()
     try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if has_cuda else "gloo",
+            rank=rank,
+            world_size=world_size,
+            timeout=datetime.timedelta(seconds=timeout),
+        )
         places: list[Any] = [None] * world_size
         dist.all_gather_object(places, (local_rank, os.uname().nodename))
+        watch.cancel()
         figures = {
             "backend": "nccl" if has_cuda else "gloo",
             "world_size": world_size,
@@ -56,7 +69,9 @@ def measure(rank: int, world_size: int, local_rank: int, *, timeout: float) -> d
         dist.barrier()
         return figures
     finally:
-        dist.destroy_process_group()
+        watch.cancel()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def all_reduce(num_bytes: int, repeats: int, device: torch.device) -> dict[str, float]:

@@ -34,17 +34,28 @@ def main(argv: list[str] | None = None) -> int:
     if local_rank == 0:
         lines.emit("node", rank, node_report(data=arguments.data, output=arguments.output, world_size=world_size))
     if world_size > 1:
-        from largebatch.launch.doctor import network
-
-        try:
-            figures = network.measure(rank, world_size, local_rank, timeout=arguments.timeout)
-        except Exception as error:  # of gloo, NCCL or the store: each its own class; all mean that ranks do not meet
-            host = resources.interfaces()["host"]
-            lines.emit("error", rank, {"host": host, "message": f"{type(error).__name__}: {error}"[:1000]})
-        else:
-            if rank == 0:
-                lines.emit("network", rank, figures)
+        check_network(rank, world_size, local_rank, arguments.timeout)
     return 0
+
+
+def check_network(rank: int, world_size: int, local_rank: int, timeout: float) -> None:
+    """Writes rank 0's figures, or what kept this rank from taking part."""
+    from largebatch.launch.doctor import network
+
+    def fail(message: str) -> None:
+        lines.emit("error", rank, {"host": resources.interfaces()["host"], "message": message[:1000]})
+
+    def give_up() -> None:
+        fail(f"the ranks have not met within {timeout:.0f} s")
+        os._exit(0)
+
+    try:
+        figures = network.measure(rank, world_size, local_rank, timeout=timeout, on_timeout=give_up)
+    except Exception as error:  # of gloo, NCCL or the store: each its own class; all mean that ranks do not meet
+        fail(f"{type(error).__name__}: {error}")
+    else:
+        if rank == 0:
+            lines.emit("network", rank, figures)
 
 
 def node_report(*, data: str | None, output: str, world_size: int = 1) -> dict[str, Any]:
