@@ -34,7 +34,10 @@ def in_steps(name: str, steps: Any, epochs: Any, steps_per_epoch: Any, default: 
     given = {f"{name}_steps": steps, f"{name}_epochs": epochs}
     for key, value in given.items():
         if value == "auto":
-            raise ValueError(f"scheduler.params.{key} is 'auto', which launch/train.py fills in; write the number")
+            raise ValueError(
+                f"scheduler.params.{key} is 'auto', which launch/train.py fills in; write the number. Hugging Face's Trainer "
+                "and Accelerate fill in total_num_steps and warmup_num_steps"
+            )
         if value is not None and (not is_number(value) or value < 0):
             raise ValueError(f"scheduler.params.{key} is {value!r}; expected a number >= 0")
     if steps is not None and epochs is not None:
@@ -51,6 +54,17 @@ def in_steps(name: str, steps: Any, epochs: Any, steps_per_epoch: Any, default: 
     if default is None:
         raise ValueError(f"scheduler.params needs {name}_steps, or {name}_epochs and steps_per_epoch")
     return default
+
+
+def under_one_name(name: str, steps: Any, num_steps: Any) -> Any:
+    """A length under our name or under that of DeepSpeed's own schedulers, which other programs fill in for "auto".
+
+    Raises:
+        ValueError: both are given.
+    """
+    if steps is not None and num_steps is not None:
+        raise ValueError(f"scheduler.params has both {name}_steps and {name}_num_steps; they mean the same, give one")
+    return num_steps if steps is None else steps
 
 
 def share_of_peak(name: str, value: Any) -> float:
@@ -168,7 +182,11 @@ class WarmupPolyLR(WarmupDecayLR):
         end_factor=0.0,
         end_lr=None,
         decay_from="warmup",
+        total_num_steps=None,
+        warmup_num_steps=None,
     ):
+        total_steps = under_one_name("total", total_steps, total_num_steps)
+        warmup_steps = under_one_name("warmup", warmup_steps, warmup_num_steps)
         self.num_steps = in_steps("total", total_steps, total_epochs, steps_per_epoch, default=None)
         if not is_number(power) or power < 0:
             raise ValueError(f"scheduler.params.power is {power!r}; expected a number >= 0")
@@ -204,7 +222,11 @@ class WarmupCosineDecayLR(WarmupDecayLR):
         warmup_start_factor=0.0,
         warmup_power=1.0,
         end_factor=0.0,
+        total_num_steps=None,
+        warmup_num_steps=None,
     ):
+        total_steps = under_one_name("total", total_steps, total_num_steps)
+        warmup_steps = under_one_name("warmup", warmup_steps, warmup_num_steps)
         self.num_steps = in_steps("total", total_steps, total_epochs, steps_per_epoch, default=None)
         self.end_factor = share_of_peak("end_factor", end_factor)
         super().__init__(optimizer, warmup_steps, warmup_epochs, warmup_start_factor, warmup_power, steps_per_epoch)
@@ -235,7 +257,9 @@ class WarmupStepLR(WarmupDecayLR):
         gamma=0.1,
         warmup_start_factor=0.0,
         warmup_power=1.0,
+        warmup_num_steps=None,
     ):
+        warmup_steps = under_one_name("warmup", warmup_steps, warmup_num_steps)
         if (milestone_steps is None) == (milestone_epochs is None):
             raise ValueError("scheduler.params needs either milestone_steps or milestone_epochs")
         if not is_number(gamma) or gamma <= 0:

@@ -13,7 +13,8 @@ What is changed, and why there is no public door for it (DeepSpeed 0.19.8):
 - ``DeepSpeedEngine.load_checkpoint``: afterwards the optimizer's options are those of the ds_config again.
 - ``_update_scale``, ``step`` and ``backward`` of single engines and wrappers under fp16: see largebatch.loss_scale; also
   with torch.optim's SGD, Adam and AdamW, whose stray first step at stage 0 is undone, too.
-- ``lr_schedules``: our schedulers become attributes, where DeepSpeed looks their names up.
+- ``lr_schedules``: our schedulers become attributes, where DeepSpeed looks their names up, and are listed in
+  ``VALID_LR_SCHEDULES``, by which Accelerate knows the schedulers that the engine steps.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ REQUIRED_INTERNALS = {
     "deepspeed.runtime.config": ("DEEPSPEED_OPTIMIZERS",),
     "deepspeed.runtime.engine": ("DEEPSPEED_OPTIMIZERS", "LAMB_OPTIMIZER", "DeepSpeedEngine"),
     "deepspeed.runtime.zero.utils": ("ZERO_SUPPORTED_OPTIMIZERS",),
-    "deepspeed.runtime.lr_schedules": ("get_torch_optimizer",),
+    "deepspeed.runtime.lr_schedules": ("get_torch_optimizer", "VALID_LR_SCHEDULES"),
 }
 REQUIRED_ENGINE_METHODS = (
     "_configure_basic_optimizer",
@@ -82,6 +83,7 @@ def register() -> None:
     )
     for name, scheduler in SCHEDULERS.items():
         setattr(modules["deepspeed.runtime.lr_schedules"], name, scheduler)
+        modules["deepspeed.runtime.lr_schedules"].VALID_LR_SCHEDULES.append(name)
     wrap_engine(engine_class)
     engine_class._largebatch_is_registered = True
     is_tested = deepspeed.__version__.split("+")[0] in TESTED_DEEPSPEED
@@ -137,6 +139,8 @@ def wrap_engine(engine_class: type) -> None:
             refuse_what_is_not_exact(self, basic_optimizer)
             basic_optimizer.name_layers(self.module)
             basic_optimizer.await_layout()
+        else:
+            refuse_what_replaced_ours(basic_optimizer)
         return check_optimizer(self, basic_optimizer)
 
     @functools.wraps(configure)
@@ -186,6 +190,23 @@ def refuse_what_is_not_exact(engine: Any, optimizer: LayerwiseOptimizer) -> None
     if engine.zenflow:
         raise ValueError(
             f"zero_optimization.zenflow is on; it splits layers in a way that {name} does not know. Remove it"
+        )
+
+
+def refuse_what_replaced_ours(optimizer: Any) -> None:
+    """Raises if a client has put another optimizer in the place of ours: its param groups still hold our options.
+
+    With CPU offload, Accelerate makes DeepSpeedCPUAdam of any optimizer that it does not know, without a word.
+
+    Raises:
+        ValueError: naming both, and the setting that leaves ours alone.
+    """
+    if any("trust_ratio_bounds" in group for group in optimizer.param_groups):
+        replaced = "LARS" if any("trust_coefficient" in group for group in optimizer.param_groups) else "LAMB"
+        raise ValueError(
+            f"{type(optimizer).__name__} was put in the place of largebatch.{replaced}; Accelerate does so under CPU offload. "
+            'Write "zero_force_ds_cpu_optimizer": false at the top level of the ds_config, or name the optimizer in its '
+            "optimizer section and prepare a DummyOptim"
         )
 
 

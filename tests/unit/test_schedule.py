@@ -114,6 +114,15 @@ def test_step_and_cosine_schedulers():
     )
 
 
+def test_lengths_under_the_names_of_deepspeeds_schedulers():
+    ours = dict(total_steps=7, warmup_steps=2)
+    theirs = dict(total_num_steps=7, warmup_num_steps=2)
+    for scheduler in (WarmupPolyLR, WarmupCosineDecayLR):
+        assert trace(scheduler(optimizer_with(1.0), **theirs), 8) == trace(scheduler(optimizer_with(1.0), **ours), 8)
+    milestones = WarmupStepLR(optimizer_with(1.0), milestone_steps=[3], warmup_num_steps=2)
+    assert trace(milestones, 4) == pytest.approx([0.5, 1.0, 1.0, 0.1])
+
+
 def test_scheduler_state_restores_the_learning_rate():
     first = WarmupPolyLR(optimizer_with(2.0), total_steps=10)
     for _ in range(4):
@@ -130,6 +139,9 @@ def test_scheduler_state_restores_the_learning_rate():
         ({}, "needs total_steps, or total_epochs and steps_per_epoch"),
         ({"total_steps": "auto"}, "scheduler.params.total_steps is 'auto', which launch/train.py fills in"),
         ({"total_steps": 5, "total_epochs": 1}, "has both total_steps and total_epochs"),
+        ({"total_steps": 5, "total_num_steps": 5}, "has both total_steps and total_num_steps; they mean the same"),
+        ({"total_steps": 5, "warmup_steps": 1, "warmup_num_steps": 1}, "has both warmup_steps and warmup_num_steps"),
+        ({"total_num_steps": "auto"}, "Accelerate fill in total_num_steps and warmup_num_steps"),
         ({"total_epochs": 5}, "steps_per_epoch is None; expected a number > 0"),
         ({"total_steps": -5}, "scheduler.params.total_steps is -5; expected a number >= 0"),
         ({"total_steps": 5, "power": -1}, "scheduler.params.power is -1"),

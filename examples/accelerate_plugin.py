@@ -1,0 +1,70 @@
+"""Accelerate with its DeepSpeedPlugin; the optimizer comes from the ds_config or from the code.
+
+Run it: deepspeed --num_accelerators 2 examples/accelerate_plugin.py
+        deepspeed --num_accelerators 2 examples/accelerate_plugin.py --optimizer_from code
+"""
+
+import argparse
+import json
+import pathlib
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration, DeepSpeedPlugin
+from accelerate.utils import DummyOptim, DummyScheduler, InitProcessGroupKwargs
+from digits_data import accuracy, build_model, digits, report
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+
+import largebatch
+from largebatch.lr_schedulers import WarmupPolyLR
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--config", default=pathlib.Path(__file__).with_suffix(".json"))
+parser.add_argument("--optimizer_from", choices=["config", "code"], default="config")
+parser.add_argument("--epochs", type=int, default=20)
+parser.add_argument("--batch", type=int, default=512, help="global batch, divided among the ranks")
+parser.add_argument("--output", help="file for the trained weights")
+parser.add_argument("--local_rank", help="set by the launcher")
+arguments = parser.parse_args()
+
+largebatch.register()  # anywhere before accelerator.prepare()
+config = json.loads(pathlib.Path(arguments.config).read_text())
+if arguments.optimizer_from == "code":
+    del config["optimizer"], config["scheduler"]  # Accelerate refuses both in one run
+# without the backend's name Accelerate takes a CPU run under DeepSpeed for a single process
+backend = "nccl" if torch.cuda.is_available() else "gloo"
+accelerator = Accelerator(
+    kwargs_handlers=[InitProcessGroupKwargs(backend=backend)],
+    deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config),
+    dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=0),
+)
+train_set, test_set = digits()
+loader = DataLoader(train_set, batch_size=arguments.batch // accelerator.num_processes, shuffle=True)
+num_batches = arguments.epochs * len(loader)  # of all ranks together
+model = build_model()
+if arguments.optimizer_from == "config":
+    optimizer = DummyOptim(model.parameters(), lr=0.04, weight_decay=0.01)
+    # Accelerate divides total_num_steps by the number of ranks, but not warmup_num_steps
+    scheduler = DummyScheduler(optimizer, total_num_steps=num_batches, warmup_num_steps=6)
+else:
+    optimizer = largebatch.LAMB(
+        model.parameters(), lr=0.04, weight_decay=0.01, exclude_from_adaptation=["bias", "norm"], model=model
+    )
+    # DeepSpeed steps it once a step; Accelerate steps one of torch's as many times a step as there are ranks
+    scheduler = WarmupPolyLR(optimizer, total_steps=num_batches // accelerator.num_processes, warmup_steps=6, power=1)
+model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+
+for _ in range(arguments.epochs):
+    for images, labels in loader:
+        loss = cross_entropy(model(images), labels)
+        accelerator.backward(loss)  # DeepSpeed's step and its scheduler's are in here
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+
+if accelerator.is_main_process:
+    report(model.basic_optimizer)  # the prepared model is DeepSpeed's engine
+    print(f"loss {loss.item():.4f}, test accuracy {accuracy(model.module, test_set):.4f}")
+    if arguments.output:
+        torch.save(model.module.state_dict(), arguments.output)
+accelerator.end_training()

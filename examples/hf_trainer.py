@@ -1,0 +1,71 @@
+"""Hugging Face Trainer with LAMB from a ds_config: a small vision transformer on digits, nothing downloaded.
+
+Run it: deepspeed --num_accelerators 2 examples/hf_trainer.py --deepspeed examples/hf_trainer.json
+"""
+
+import os
+
+import torch
+from accelerate import PartialState
+from digits_data import digits, report
+from transformers import HfArgumentParser, Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
+
+import largebatch
+
+DEFAULTS = dict(
+    output_dir="runs/hf_trainer",
+    per_device_train_batch_size=256,
+    num_train_epochs=20,
+    learning_rate=0.02,
+    weight_decay=0.01,
+    adam_epsilon=1e-6,
+    warmup_steps=6,
+    max_grad_norm=1.0,
+    save_strategy="no",
+    logging_steps=15,
+    report_to="none",
+    disable_tqdm=True,
+)
+
+
+def build_model() -> ViTForImageClassification:
+    """Two layers of width 32 over 16 patches, the same weights in every process."""
+    set_seed(0)
+    config = ViTConfig(
+        image_size=8, patch_size=2, num_channels=1, num_labels=10,
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, initializer_range=0.1,
+    )  # fmt: skip
+    return ViTForImageClassification(config)
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        # left to themselves, Trainer and Accelerate take a CPU run under DeepSpeed for a single process
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        PartialState(backend="gloo")
+        DEFAULTS["accelerator_config"] = {"use_configured_state": True}
+    parser = HfArgumentParser(TrainingArguments, description=__doc__)
+    parser.set_defaults(**DEFAULTS)
+    (arguments,) = parser.parse_args_into_dataclasses()
+
+    largebatch.register()  # anywhere before trainer.train()
+    train_set, test_set = (
+        [{"pixel_values": image.view(1, 8, 8), "labels": label} for image, label in part] for part in digits()
+    )
+    trainer = Trainer(
+        model=build_model(),
+        args=arguments,
+        train_dataset=train_set,
+        eval_dataset=test_set,
+        compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(axis=1) == p.label_ids).mean())},
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        report(trainer.model_wrapped.basic_optimizer)  # model_wrapped is DeepSpeed's engine
+        print(f"test accuracy {metrics['eval_accuracy']:.4f}")
+
+
+if __name__ == "__main__":
+    main()
