@@ -81,18 +81,25 @@ class Finished:
 @contextlib.contextmanager
 def silent_collectives() -> Iterator[None]:
     """Inside, collectives return at once and leave their tensors as they are, and new process groups are the world's."""
-    group = dist.ProcessGroup
-    originals = {name: method for name, method in vars(group).items() if COLLECTIVES.match(name)}
-    new_group = dist.new_group
+    from deepspeed.runtime.zero import utils as zero_utils
+
+    silent = [(dist.ProcessGroup, name, no_collective) for name in vars(dist.ProcessGroup) if COLLECTIVES.match(name)]
+    silent.append((dist, "new_group", lambda *_, **__: dist.group.WORLD))
+    # stage 3 compares itself with rank 0
+    silent.append((zero_utils, "assert_lst_len_same_as_other_ranks", lambda values: None))
+    silent.append((zero_utils, "get_lst_from_rank0", lambda values: values))
+    originals = [(owner, name, vars(owner)[name]) for owner, name, _ in silent]
     try:
-        for name in originals:
-            setattr(group, name, lambda *_, **__: Finished())
-        dist.new_group = lambda *_, **__: dist.group.WORLD
+        for owner, name, replacement in silent:
+            setattr(owner, name, replacement)
         yield
     finally:
-        dist.new_group = new_group
-        for name, original in originals.items():
-            setattr(group, name, original)
+        for owner, name, original in originals:
+            setattr(owner, name, original)
+
+
+def no_collective(*_: Any, **__: Any) -> Finished:
+    return Finished()
 
 
 class Trial:
