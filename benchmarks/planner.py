@@ -27,11 +27,11 @@ from support.rank_pool import RankPool  # noqa: E402
 MICRO_BATCH, ACCUMULATION = 16, 4
 
 CASES = [
-    ("lenet", precision, stage, ranks, optimizer)
-    for precision, stages, optimizer in (("fp32", (0, 1, 2, 3), "LARS"), ("bf16", (1, 2, 3), "LAMB"))
-    for stage in stages
-    for ranks in (1, 2)
-] + [("torchvision:resnet18", "fp32", stage, ranks, "LAMB") for stage in (1, 2, 3) for ranks in (1, 2)]
+    *[("lenet", "bf16", stage, ranks, "LAMB") for stage in (1, 2, 3) for ranks in (1, 2)],
+    *[("lenet", "fp32", stage, 2, "LARS") for stage in (0, 1, 2, 3)],
+    *[("torchvision:resnet18", "fp32", stage, 2, "LAMB") for stage in (1, 3)],
+]
+"""Model, type, ZeRO stage, ranks, optimizer."""
 
 
 class ResidentMemory(threading.Thread):
@@ -75,7 +75,9 @@ def row(model: str, precision: str, stage: int, ranks: int, optimizer: str, prob
     )  # fmt: skip
     pool.close()
     activations = probes[model, precision].activations(MICRO_BATCH)
-    predicted = memory(layers, layout, optimizer=optimizer.lower(), activations=activations)
+    predicted = memory(
+        layers, layout, optimizer=optimizer.lower(), activations=activations, accumulation_steps=ACCUMULATION
+    )
     measured = max(o["peak"] for o in outcomes)
     error = predicted.total / measured - 1
     sizes = [f"{n / 1e6:.1f}" for n in (predicted.total, measured)]

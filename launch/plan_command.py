@@ -28,6 +28,9 @@ from largebatch.planning.planner import Choice, Demand, choose, parse_bytes, sta
 from largebatch.planning.scaling_rules import RULES
 from largebatch.planning.training_time import StepTime, num_steps, step_time
 
+LARGE_FOR_A_CPU = 100_000_000
+"""Parameters beyond which a CPU probes with smaller micro-batches."""
+
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -180,7 +183,8 @@ def make(arguments: argparse.Namespace) -> Planned:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, loss = model_and_loss(planned["largebatch"], precision, device)
     layers = tuple(p.numel() for p in model.parameters() if p.requires_grad)
-    measured = probe(model, loss, device=device)
+    is_slow = device == "cpu" and sum(layers) > LARGE_FOR_A_CPU
+    measured = probe(model, loss, micro_batches=(1, 2) if is_slow else (2, 4), device=device)
     optimizer, state_bytes = plan_recipe.optimizer_of(planned)
     demand = Demand(
         layers, optimizer, precision, measured.activations, global_batch, cluster.world_size, state_bytes=state_bytes

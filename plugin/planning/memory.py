@@ -114,7 +114,13 @@ class Memory:
 
 
 def memory(
-    layers: Sequence[int], layout: Layout, *, optimizer: str, activations: int, state_bytes: int | None = None
+    layers: Sequence[int],
+    layout: Layout,
+    *,
+    optimizer: str,
+    activations: int,
+    accumulation_steps: int = 3,
+    state_bytes: int | None = None,
 ) -> Memory:
     """Bytes of one rank at the worst moment of a step.
 
@@ -122,6 +128,7 @@ def memory(
         layers: elements of each trainable parameter, in the model's order.
         optimizer: a key of STATE_BYTES.
         activations: bytes that forward and backward of a micro-batch need beyond weights and gradients.
+        accumulation_steps: micro-steps of an optimizer step.
         state_bytes: per parameter, where it is not the optimizer's usual one.
     """
     if optimizer not in STATE_BYTES:
@@ -147,10 +154,12 @@ def memory(
 
     moments = {
         "backward": {"activations": activations, "workspace": gathered_weights(layout, num_parameters)},
-        "reduction": reduction_workspace(layout, num_parameters, largest, activations),
+        "reduction": reduction_workspace(layout, layers, activations, accumulation_steps),
         "step": {"workspace": step_workspace(layout, num_parameters, min(largest, shard), shard)},
     }
-    moment = max(moments, key=lambda name: sum(moments[name].values()))
+    if layout.wrapper == "DeepSpeedZeroOptimizer":
+        moments["step"]["bucket"] = 0  # given back after the reduction
+    moment = max(moments, key=lambda name: sum((device | moments[name]).values()))
     if is_low and is_offloaded and layout.stage < 3:
         host["workspace"] = 2 * partition + 2 * largest
     return Memory(device | moments[moment], host, moment)
@@ -203,8 +212,11 @@ def gathered_weights(layout: Layout, num_parameters: int) -> int:
     return layout.bytes_per_weight * min(num_parameters, 1_000_000_000) if layout.stage == 3 else 0
 
 
-def reduction_workspace(layout: Layout, num_parameters: int, largest: int, activations: int) -> dict[str, int]:
+def reduction_workspace(
+    layout: Layout, layers: Sequence[int], activations: int, accumulation_steps: int
+) -> dict[str, int]:
     """While gradients go over the ranks. A bucket smaller than the model is sent while activations are still held."""
+    num_parameters, largest = sum(layers), max(layers)
     bucket = min(layout.bucket_elements, num_parameters)
     width = layout.bytes_per_weight
     if layout.stage == 0:
@@ -215,12 +227,12 @@ def reduction_workspace(layout: Layout, num_parameters: int, largest: int, activ
         return {"workspace": 4 * largest if width == 4 else 2 * num_parameters}
     # flattened, and again in fp32 where it is not; with a part of the model in the bucket, backward goes on meanwhile
     copies = 4 * bucket + (2 * bucket if width == 2 else 0)
+    if layout.stage == 2 and width == 4 and accumulation_steps > 2:
+        copies += 4 * largest_owned(layers, layout.world_size)  # this micro-step's, before they are added to the sums
+    copies += gathered_weights(layout, num_parameters)
     if bucket == num_parameters:
-        return {"workspace": gathered_weights(layout, num_parameters) + copies}
-    return {
-        "activations": activations,
-        "workspace": gathered_weights(layout, num_parameters) + copies + 2 * width * largest,
-    }
+        return {"workspace": copies}
+    return {"activations": activations, "workspace": copies + 2 * width * largest}
 
 
 def step_workspace(layout: Layout, num_parameters: int, largest_fragment: int, shard: int) -> int:
@@ -229,4 +241,4 @@ def step_workspace(layout: Layout, num_parameters: int, largest_fragment: int, s
         return 4 * num_parameters
     if layout.stage == 0 or layout.offload != "none" or layout.wrapper == "BF16_Optimizer":
         return 0
-    return 8 * largest_fragment + (4 * shard if layout.stage == 3 else 0)
+    return max(8 * largest_fragment, 4 * shard if layout.stage == 3 else 0)

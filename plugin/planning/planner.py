@@ -69,6 +69,7 @@ class Demand:
             layout,
             optimizer=self.optimizer,
             activations=self.activations(micro_batch),
+            accumulation_steps=self.accumulation_steps(micro_batch),
             state_bytes=self.state_bytes,
         )
 

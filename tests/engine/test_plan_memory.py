@@ -71,7 +71,9 @@ def test_memory_and_collectives_of_an_engine(
     assert found["steps"] == 2 and found["samples"] == 2 * MICRO_BATCH * ACCUMULATION * ranks
 
     activations = probes(model, precision).activations(MICRO_BATCH)
-    predicted = memory(layers, layout, optimizer=optimizer.lower(), activations=activations)
+    predicted = memory(
+        layers, layout, optimizer=optimizer.lower(), activations=activations, accumulation_steps=ACCUMULATION
+    )
     largest = max(outcome["peak"] for outcome in outcomes)  # host and device are one here
     assert predicted.total + predicted.host_total == pytest.approx(largest, rel=0.1), (predicted, found["moments"])
 
