@@ -92,6 +92,8 @@ def measure(deepspeed, model: str, arguments, device: str, folder: str) -> str:
         for name, figures in layers.items():
             scalars[f"TrustRatio/{name}"] = figures["trust_ratio"]
             scalars[f"LocalLR/{name}"] = figures["local_lr"]
+            scalars[f"WeightNorm/{name}"] = figures["weight_norm"]
+            scalars[f"DirectionNorm/{name}"] = figures["direction_norm"]
         reporter.scalars(scalars, steps)
 
     def timed_stats_of(*given):

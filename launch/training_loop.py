@@ -235,6 +235,8 @@ class TrainingLoop:
             for name, figures in taken.layers.items():
                 tagged[f"TrustRatio/{name}"] = figures["trust_ratio"]
                 tagged[f"LocalLR/{name}"] = figures["local_lr"]
+                tagged[f"WeightNorm/{name}"] = figures["weight_norm"]
+                tagged[f"DirectionNorm/{name}"] = figures["direction_norm"]
         self.reporter.scalars(tagged, self.stage.first_sample + num_samples)
 
     def _layers(self, step: int) -> dict[str, dict[str, float]] | None:

@@ -84,7 +84,13 @@ def test_tensorboard_holds_the_trust_ratios(accumulated):
     log.Reload()
     tags = set(log.Tags()["scalars"])
     assert {"Train/loss", "Train/lr", "Train/images_per_second", "Test/top1", "Test/top5"} <= tags
-    assert {"TrustRatio/1.weight", "LocalLR/1.weight", "TrustRatio/6.bias"} <= tags
+    assert {
+        "TrustRatio/1.weight",
+        "LocalLR/1.weight",
+        "TrustRatio/6.bias",
+        "WeightNorm/1.weight",
+        "DirectionNorm/1.weight",
+    } <= tags
     assert [s.step for s in log.Scalars("Train/loss")] == [480 * i for i in range(1, 9)]
 
 
