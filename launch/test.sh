@@ -3,5 +3,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh test
+if [ $# -eq 0 ]; then
+  source launch/host_tools.sh
+fi
 export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
 exec python -m pytest "$@"

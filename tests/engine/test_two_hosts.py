@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import shutil
 import signal
 import subprocess
 import sys
@@ -46,13 +45,13 @@ def write_environment(folder, interface):
     (folder / ".deepspeed_env").write_text("".join([*lines, f"GLOO_SOCKET_IFNAME={interface}\n"]))
 
 
-def launch(pair, *arguments, folder=None):
-    """``deepspeed --hostfile`` on the first host."""
-    launcher = shutil.which("deepspeed", path=launching.environment()["PATH"])
-    command = [launcher, "--hostfile", pair.hostfile, *arguments]
-    return pair.hosts[0].run(
-        *command, folder=folder or pair.folder, env=launching.environment(), seconds=launching.SECONDS
+def on_first_host(pair, *command):
+    """Standard output of a command that ends well, on the first host in the folder of the pair."""
+    code, out, err = pair.hosts[0].run(
+        *command, folder=pair.folder, env=launching.environment(), seconds=2 * launching.SECONDS
     )
+    assert code == 0, f"{out}\n{err}"
+    return out
 
 
 def doctor(pair, *arguments, folder=None):
@@ -77,16 +76,19 @@ def test_two_hosts_train_the_same_as_one(two_hosts, tmp_path):
     Equal, not near: both ranks see the same samples, sums of two addends do not depend on who adds, and gloo is gloo over
     a cable and over the loopback.
     """
-    folder = two_hosts.folder / "run"
-    code, out, err = launch(two_hosts, ROOT / "launch/train.py", *RUN, "--output", folder)
-    assert code == 0, f"{out}\n{err}"
-    assert "node1: " in out and "node2: " in out, "pdsh names the host before each line"
-    launching.train(*RUN, "--output", tmp_path / "run")
-    over_hosts, on_one = numbers(folder), numbers(tmp_path / "run")
-    assert [e["event"] for e in over_hosts].count("layers") == 6 and "trust_ratio" in json.dumps(over_hosts)
-    assert over_hosts == on_one
-    one, other = launching.final_weights(folder), launching.final_weights(tmp_path / "run")
+    over_hosts, on_one = two_hosts.folder / "over_hosts", two_hosts.folder / "on_one"
+    out = on_first_host(
+        two_hosts, "bash", ROOT / "launch/ssh_nodes.sh", two_hosts.hostfile, *RUN, "--output", over_hosts
+    )
+    assert "ready: 2 ranks on 2 nodes" in out and f"results     {over_hosts}" in out, "the check before the run"
+    assert "node1: lenet on digits" in out and "node2: " in out, "pdsh names the host before each line"
+    on_first_host(two_hosts, "deepspeed", "--num_accelerators", 2, ROOT / "launch/train.py", *RUN, "--output", on_one)
+    events = numbers(over_hosts)
+    assert [e["event"] for e in events].count("layers") == 6 and "trust_ratio" in json.dumps(events)
+    assert events == numbers(on_one)
+    one, other = launching.final_weights(over_hosts), launching.final_weights(on_one)
     assert one.keys() == other.keys() and all((one[name] == other[name]).all() for name in one)
+    assert [host.run("ls", "-A", "/dev/shm")[1] for host in two_hosts.hosts] == ["", ""]
 
 
 def test_doctor_sees_both_nodes_and_data_that_only_one_has(two_hosts):

@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import os
+import pathlib
 import random
 import stat
 import subprocess
@@ -316,6 +317,14 @@ def test_an_environment_file_that_stops_the_launcher(fake_ssh, tmp_path):
     (tmp_path / ".deepspeed_env").write_text("GLOO_SOCKET_IFNAME=eth0\n# the fast one\nA='b c'\n\n")
     found = nodes.launching_findings([], ssh_port=None)
     assert {f.problem.split(", ")[1].split(" is ")[0] for f in found} == {"line 2: '# the fast one'", "line 4: ''"}
+
+
+def test_the_examples_are_accepted(fake_ssh, tmp_path):
+    fake_ssh("exit 0")
+    launch = pathlib.Path(__file__).resolve().parents[2] / "launch"
+    assert nodes.read_hostfile(str(launch / "hostfile.example")) == {"node1": 8, "node2": 8}
+    (tmp_path / ".deepspeed_env").write_text((launch / "deepspeed_env.example").read_text())
+    assert nodes.launching_findings([], ssh_port=None) == []
 
 
 def test_reading_what_another_launcher_printed(tmp_path, capsys):
