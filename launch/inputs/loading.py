@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,9 @@ from largebatch.launch.inputs.augmentation import davidnet, image_transform, mix
 from largebatch.launch.inputs.data_set import DataSet, ImageBatch, ImageFiles, Source
 from largebatch.launch.inputs.file_loading import FileBatch, Reading, Wanted, read_batches
 from largebatch.launch.inputs.sample_order import SampleOrder, micro_batch_ranges
+
+CHUNK = 64
+"""Images that a worker reads at a time: what is read ahead does not grow with the micro-batch."""
 
 
 @dataclass
@@ -77,14 +81,18 @@ class ImageLoader:
             for numbers in ranges:
                 asked.append(numbers)
                 indices = order.indices(numbers.start, numbers.stop).tolist()
-                yield list(map(Wanted, numbers, indices))
+                samples = list(map(Wanted, numbers, indices))
+                yield from (samples[i : i + CHUNK] for i in range(0, len(samples), CHUNK))
 
-        for batch in self._read(self.data.train, wanted(), self.augmentation, seed, device):
+        chunks = self._read(self.data.train, wanted(), self.augmentation, seed, device)
+        for first in chunks:
             numbers = asked.pop(0)
-            weights = self._mixup_weights(seed, np.arange(numbers.start, numbers.stop), device)
-            yield ImageBatch(
-                batch.pixels.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True), weights
+            pieces = [first, *itertools.islice(chunks, -(-len(numbers) // CHUNK) - 1)]
+            pixels, labels = (
+                torch.cat([getattr(piece, name).to(device, non_blocking=True) for piece in pieces])
+                for name in ("pixels", "labels")
             )
+            yield ImageBatch(pixels, labels, self._mixup_weights(seed, np.arange(numbers.start, numbers.stop), device))
 
     def test_batches(
         self, *, batch_size: int, rank: int, world_size: int, device: torch.device

@@ -60,7 +60,7 @@ DEFAULTS: dict[str, dict[str, tuple[Any, Callable[[str, Any], None]]]] = {
 - image_size: height and width of the inputs. resize_size: of the shorter side before a crop to that; "auto": 8/7 of it, 256
   for 224.
 - workers: processes a rank that read and decode; "auto": the cores that a rank has, at most 16; 0: the trainer itself.
-- prefetch: micro-batches that each worker is ahead.
+- prefetch: times 64 images that each worker is ahead.
 - on_corrupt: what a file that cannot be read does: "replace" it by the next one that can, or "error".
 - num_samples, num_test_samples: size of the made-up set; image_shape: [channels, height, width]; the defaults are ImageNet's.
 """

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from largebatch.launch.inputs import loading
 from largebatch.launch.inputs.file_loading import Reading
 from largebatch.launch.inputs.image_folder import UnreadableImageError, load_image_folder, read_image
 from largebatch.launch.inputs.loading import ImageLoader
@@ -62,8 +63,8 @@ def test_sharding_loses_and_doubles_nothing(small_folder, cut, step):
 
 
 @pytest.mark.parametrize("augmentation", ["minimal", "maximal"])
-def test_workers_layout_and_resume_change_no_pixel(image_folder, augmentation):
-    """Real photographs: samples 8..31 read by this process, by two workers, by two ranks, and after a resume."""
+def test_workers_layout_and_resume_change_no_pixel(image_folder, augmentation, monkeypatch):
+    """Real photographs, read by this process, by two workers, by two ranks, after a resume, and three at a time."""
 
     def samples(world, workers, first_step):
         found = {}
@@ -84,6 +85,7 @@ def test_workers_layout_and_resume_change_no_pixel(image_folder, augmentation):
         return found
 
     whole = samples(1, 0, 0)
+    monkeypatch.setattr(loading, "CHUNK", 3)
     for world, workers, first_step in ((1, 2, 0), (2, 0, 0), (1, 0, 2)):
         for p, (pixels, label) in samples(world, workers, first_step).items():
             assert torch.equal(pixels, whole[p][0]) and label == whole[p][1]
