@@ -1,0 +1,98 @@
+"""The recipe's "largebatch" section: illegal values, and the one knob that stretches a schedule."""
+
+import copy
+
+import pytest
+
+from largebatch.launch.inputs.options import filled_options
+from largebatch.launch.recipe_section import check_section
+from largebatch.launch.run_plan import make_plan
+
+RECIPE = {
+    "largebatch": {"model": "resnet50", "data": "imagenet", "epochs": 90},
+    "train_batch_size": 1024,
+    "optimizer": {"type": "LARS", "params": {"lr": 2.0}},
+    "scheduler": {
+        "type": "WarmupStepLR",
+        "params": {"milestone_epochs": [30, 60, 80], "warmup_epochs": 5, "steps_per_epoch": "auto"},
+    },
+}
+
+
+def recipe(**section):
+    changed = copy.deepcopy(RECIPE)
+    changed["largebatch"] |= section
+    return changed
+
+
+@pytest.mark.parametrize(
+    "section, message",
+    [
+        ({"augmentation": "maximum"}, "largebatch.augmentation is 'maximum'; expected 'none', 'minimal', "),
+        ({"augmentation": "davidnet"}, "for data 'imagenet'"),
+        ({"data": "cifar", "model": "davidnet"}, "did you mean 'cifar10'?"),
+        ({"data_options": {"image_sise": 64}}, "largebatch.data_options.image_sise is not an option of imagenet; expected one of 'image_size'"),
+        ({"data_options": {"image_size": 0}}, "largebatch.data_options.image_size is 0; expected an integer >= 1"),
+        ({"data_options": {"image_size": 64, "resize_size": 60}}, "resize_size is 60; expected a number >= image_size, which is 64"),
+        ({"data_options": {"workers": "many"}}, "largebatch.data_options.workers is 'many'; expected an integer >= 0, or \"auto\""),
+        ({"data_options": {"on_corrupt": "ignore"}}, "largebatch.data_options.on_corrupt is 'ignore'; expected one of 'replace', 'error'"),
+        ({"data_options": []}, "largebatch.data_options is []; expected a section"),
+        ({"data": "digits", "data_options": {"workers": 1}}, "largebatch.data_options.workers is not an option of digits"),
+        ({"data": "synthetic", "data_options": {"image_shape": [3, 4]}}, "image_shape is [3, 4]; expected [channels, height, width]"),
+        ({"mixup": -0.1}, "largebatch.mixup is -0.1; expected a number >= 0"),
+        ({"label_smoothing": 1.0}, "largebatch.label_smoothing is 1.0"),
+        ({"batch_norm": 64}, "largebatch.batch_norm is 64; expected a section such as"),
+        ({"batch_norm": {"spam": 64}}, "largebatch.batch_norm.spam is not known (did you mean 'span'?)"),
+        ({"schedule_stretch": 0}, "largebatch.schedule_stretch is 0; expected a number > 0"),
+        ({"epochs": None, "steps": 1.5}, "largebatch.steps is 1.5; expected"),
+        ({"steps": 3}, "either epochs or steps, the length of training; it has both"),
+        ({"epochs": None}, "either epochs or steps"),
+        ({"layer_stats_every_steps": 0}, "largebatch.layer_stats_every_steps is 0"),
+        ({"expected": {"metric": "top1"}}, "largebatch.expected is {'metric': 'top1'}; expected null or a section with metric, value"),
+        ({"source": 3}, "largebatch.source is 3; expected null or a text"),
+        ({"data": "text", "model": "bert", "mixup": 0.2}, "largebatch.mixup is 0.2 and has no effect on text"),
+    ],
+)  # fmt: skip
+def test_illegal_sections(section, message):
+    with pytest.raises((ValueError, TypeError)) as caught:
+        check_section(recipe(**section))
+    assert message in str(caught.value)
+
+
+def test_micro_batches_that_cannot_be():
+    for changes, message in (
+        ({"batch_norm": {"span": 48}}, "largebatch.batch_norm.span is 48"),
+        ({"mixup": 0.2}, "train_micro_batch_size_per_gpu is 1 and largebatch.mixup 0.2; expected an even number"),
+    ):
+        changed = recipe(**changes) | {"train_micro_batch_size_per_gpu": 1 if "mixup" in changes else 32}
+        with pytest.raises(ValueError) as caught:
+            make_plan(changed, num_samples=10_000, world_size=1, output="out")
+        assert message in str(caught.value)
+
+
+def test_resize_size_follows_image_size():
+    assert filled_options("imagenet", {})["resize_size"] == 256
+    assert filled_options("imagenet", {"image_size": 64})["resize_size"] == 73
+
+
+@pytest.mark.parametrize("stretch", [1, 2, 0.5])
+def test_one_knob_stretches_length_warm_up_and_milestones(stretch):
+    plan = make_plan(recipe(schedule_stretch=stretch), num_samples=102_400, world_size=2, output="out")
+    params = plan.config["scheduler"]["params"]
+    assert plan.num_steps == 9000 * stretch and plan.section["schedule_stretch"] == 1
+    assert params["milestone_epochs"] == [30 * stretch, 60 * stretch, 80 * stretch]
+    assert params["warmup_epochs"] == 5 * stretch and params["steps_per_epoch"] == 100
+    again = make_plan(plan.config, num_samples=102_400, world_size=2, output="out")
+    assert again.num_steps == plan.num_steps, "a plan made from a plan is not stretched twice"
+
+
+def test_stretching_a_number_of_steps():
+    changed = recipe(schedule_stretch=1.5, epochs=None, steps=10)
+    changed["scheduler"] = {"type": "WarmupPolyLR", "params": {"total_steps": "auto", "warmup_steps": 3}}
+    plan = make_plan(changed, num_samples=102_400, world_size=2, output="out")
+    assert plan.num_steps == 15 and plan.config["scheduler"]["params"] == {"total_steps": 15, "warmup_steps": 4.5}
+    changed["scheduler"]["type"] = "WarmupLR"
+    with pytest.raises(
+        ValueError, match="schedule_stretch is 1.5 and scheduler.type 'WarmupLR'; expected one of WarmupPolyLR"
+    ):
+        make_plan(changed, num_samples=102_400, world_size=2, output="out")
