@@ -143,7 +143,6 @@ def test_an_unmodified_deepspeed_script(example, tmp_path):
 def test_hugging_face_trainer(example, tmp_path):
     pytest.importorskip("transformers", reason="transformers is not installed")
     pytest.importorskip("accelerate", reason="accelerate is not installed, which Trainer needs")
-    from safetensors.torch import load_file
 
     outputs = run_on_1_and_2_ranks(
         lambda num_ranks, port: deepspeed(
@@ -164,7 +163,7 @@ def test_hugging_face_trainer(example, tmp_path):
         model, optimizer, scheduler, seed=42, max_norm=1.0,
         loss_of=lambda m, i: m(pixel_values=images[i].view(-1, 1, 8, 8), labels=labels[i]).loss,
     )  # fmt: skip
-    check(outputs, lambda n: load_file(tmp_path / str(n) / "model.safetensors"), expected, "lamb.LAMB")
+    check(outputs, lambda n: type(model).from_pretrained(tmp_path / str(n)).state_dict(), expected, "lamb.LAMB")
 
 
 @pytest.mark.launcher
