@@ -25,7 +25,7 @@ def test_resnet50_trains_from_files_and_names_damaged_images(image_folder, tmp_p
     folder = shutil.copytree(image_folder, tmp_path / "images")
     damaged = sorted((folder / "train" / "watch").iterdir())[3]
     damaged.write_bytes(damaged.read_bytes()[:2000])
-    settings = dict(size=64, batch=128, micro=32, options=("--set", "largebatch.evaluate_every_epochs=100"))
+    settings = dict(size=64, batch=128, micro=32, options=("--set", "largebatch.batch_norm.span=32"))
     train("resnet50_imagenet_lars_32k_minaug", folder, tmp_path / "run", steps=7, **settings)
     (start,) = launching.events(tmp_path / "run", "start")
     assert start["config"]["optimizer"]["type"] == "LARS" and start["config"]["gradient_accumulation_steps"] == 2

@@ -76,7 +76,7 @@ def ask_to_stop(loop, step):
 
 @contextlib.contextmanager
 def out_of_memory_above(largest, rank, error=torch.OutOfMemoryError):
-    """Batches of more images raise in the second of two micro-steps on one rank, when gradients are there already.
+    """Batches of more images raise in the second of two micro-steps on one rank (None: all), when gradients are there already.
 
     And micro-batches are searched for on the CPU, too.
     """
@@ -85,7 +85,7 @@ def out_of_memory_above(largest, rank, error=torch.OutOfMemoryError):
     def limited(self, model, batch, *, dtype):
         size = len(batch.labels)
         num_calls[size] = num_calls.get(size, 0) + 1
-        if size > largest and num_calls[size] % 2 == 0 and dist.get_rank() == rank:
+        if size > largest and num_calls[size] % 2 == 0 and rank in (None, dist.get_rank()):
             raise error(f"no room for {size} images")
         return loss(self, model, batch, dtype=dtype)
 
