@@ -52,7 +52,9 @@ REQUEST_ERRORS = (ValueError, TypeError, OSError, AssertionError, RuntimeError)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 after one line that says what is wrong with the request."""
+    """Returns the exit code: 0; 1 if the last checkpoint could not be written; or 2 after one line that says what is wrong
+    with the request.
+    """
     arguments = parse_arguments(argv)
     reporter = None
     try:
@@ -75,6 +77,11 @@ def main(argv: list[str] | None = None) -> int:
             outcome = loop.run(first_step)
         except UnreadableImageError as error:
             return refuse(error, is_of_one_rank=True)
+        except checkpoints.CheckpointNotWrittenError as error:
+            loop.reporter.close()
+            if run.rank == 0:
+                print(f"largebatch: error: {error}", file=sys.stderr, flush=True)
+            return leave(1)
         reporter = loop.reporter
         if not outcome.is_complete:
             break
@@ -118,8 +125,16 @@ def prepare(arguments) -> Run:
                 of_stage, task, earlier=earlier_config(folder, position), world_size=world_size, output=folder
             )
         plans.append(make_plan(of_stage, num_samples=task.num_samples, world_size=world_size, output=folder))
-    first_step = checkpoints.latest_step(os.path.join(folder, "checkpoints")) if arguments.resume else 0
+    first_step = step_to_resume(os.path.join(folder, "checkpoints"), rank) if arguments.resume else 0
     return Run(folder, make_stages(plans), tasks, automatic, first_step, rank, world_size)
+
+
+def step_to_resume(folder: str, rank: int) -> int:
+    """The newest whole checkpoint's; says which newer ones are passed over."""
+    step, damages = checkpoints.newest_whole(folder)
+    if damages and rank == 0:
+        print(f"largebatch: warning: damaged checkpoints are passed over ({'; '.join(damages)}); continuing from step {step}")
+    return step
 
 
 def open_stage(run: Run, stage: Stage, reporter: Reporter | None) -> tuple[TrainingLoop, int]:
@@ -132,9 +147,10 @@ def open_stage(run: Run, stage: Stage, reporter: Reporter | None) -> tuple[Train
     engine, batch_norm, monitor = build_engine(task, stage.plan, world_size=run.world_size)
     first_step = 0
     if run.first_step > stage.first_step:
-        first_step = checkpoints.load(engine, run.checkpoints, run.rank) - stage.first_step
+        checkpoints.load(engine, run.checkpoints, run.first_step, rank=run.rank)
+        first_step = run.first_step - stage.first_step
     elif stage.number:
-        checkpoints.load_for_next_stage(engine, run.checkpoints, run.rank)
+        checkpoints.load_for_next_stage(engine, run.checkpoints, stage.first_step, rank=run.rank)
     if reporter is None:
         if run.first_step and run.rank == 0 and os.path.exists(run.metrics):
             discard_after(run.metrics, run.first_step)

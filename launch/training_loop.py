@@ -135,7 +135,7 @@ class TrainingLoop:
                 if is_last or crosses(step, section["evaluate_every_epochs"] * steps_per_epoch):
                     figures = self._evaluate(step)
                 if not is_last and crosses(step, (section["save_every_epochs"] or float("inf")) * steps_per_epoch):
-                    self._save(step)
+                    self._save_on_the_way(step)
             self._report_taken()
             if step < plan.num_steps:
                 checkpoint = self._save(step)
@@ -279,11 +279,18 @@ class TrainingLoop:
         self.reporter.say(f"{len(merged)} files could not be read so far; metrics.jsonl names them")
         self.reporter.event("unreadable", step=self._total(step), count=len(merged), files=merged)
 
+    def _save_on_the_way(self, step: int) -> None:
+        """A checkpoint that cannot be written is told of, and training goes on: the ones before are there."""
+        try:
+            self._save(step)
+        except checkpoints.CheckpointNotWrittenError as error:
+            self.reporter.say(f"warning: {error}")
+            self.reporter.event("checkpoint_failed", step=self._total(step), reason=str(error))
+            self.speed.restart()
+
     def _save(self, step: int) -> str:
         self._report_taken()
-        checkpoint = checkpoints.save(
-            self.engine, self.folder, self._total(step), rank=self.rank, local_rank=self.engine.local_rank
-        )
+        checkpoint = checkpoints.save(self.engine, self.folder, self._total(step), rank=self.rank)
         self.speed.restart()
         return checkpoint
 

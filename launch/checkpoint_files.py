@@ -1,0 +1,137 @@
+"""The files of a checkpoint: whole or not, by a manifest of sizes and checksums. No engine, no ranks.
+
+A checkpoint is a folder ``step<N>``. It is written as ``step<N>.partial``; the manifest is its last file, and then it is
+renamed. What has no manifest, or not what the manifest says, is damaged and never loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from typing import Any
+
+MANIFEST = "manifest.json"
+LATEST = "latest"
+BLOCK_BYTES = 1 << 22
+
+
+def name_of(step: int) -> str:
+    return f"step{step}"
+
+
+def steps_in(folder: str) -> list[int]:
+    """Steps of the checkpoints in a folder, whole or not, newest first; without those that were never finished."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted((int(m[1]) for name in names if (m := re.fullmatch(r"step(\d+)", name))), reverse=True)
+
+
+def checksum(path: str) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def files_in(checkpoint: str) -> list[str]:
+    """Paths of all files but the manifest, relative to the checkpoint, sorted."""
+    paths = [
+        os.path.relpath(os.path.join(folder, name), checkpoint)
+        for folder, _, names in os.walk(checkpoint)
+        for name in names
+    ]
+    return sorted(path for path in paths if path != MANIFEST)
+
+
+def share_of(names: list[str], part: int, num_parts: int) -> list[str]:
+    """What one of several workers takes."""
+    return names[part::num_parts]
+
+
+def entries(checkpoint: str, names: list[str]) -> dict[str, dict[str, Any]]:
+    """{path: {"bytes", "sha256"}} of files that have reached the disk when this returns."""
+    found = {}
+    for name in names:
+        path = os.path.join(checkpoint, name)
+        sync(path)
+        found[name] = {"bytes": os.path.getsize(path), "sha256": checksum(path)}
+    return found
+
+
+def write_manifest(checkpoint: str, files: dict[str, dict[str, Any]], **facts: Any) -> None:
+    """The last file of a checkpoint."""
+    write_text(os.path.join(checkpoint, MANIFEST), json.dumps({**facts, "files": files}, indent=1))
+
+
+def read_manifest(checkpoint: str) -> dict[str, Any] | None:
+    """None where there is none that can be read."""
+    try:
+        with open(os.path.join(checkpoint, MANIFEST), encoding="utf-8") as file:
+            manifest = json.load(file)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        return None
+    return manifest if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) else None
+
+
+def faults(checkpoint: str, part: int = 0, num_parts: int = 1) -> list[str]:
+    """What is wrong with a worker's share of a checkpoint's files; empty if nothing is."""
+    manifest = read_manifest(checkpoint)
+    if manifest is None:
+        return [f"{MANIFEST} is missing or unreadable"]
+    wrong = []
+    for name in share_of(sorted(manifest["files"]), part, num_parts):
+        path, expected = os.path.join(checkpoint, name), manifest["files"][name]
+        try:
+            size = os.path.getsize(path)
+            if size != expected["bytes"]:
+                wrong.append(f"{name} has {size} bytes, not {expected['bytes']}")
+            elif checksum(path) != expected["sha256"]:
+                wrong.append(f"{name} has another checksum than when it was written")
+        except FileNotFoundError:
+            wrong.append(f"{name} is missing")
+        except (OSError, KeyError, TypeError) as error:
+            wrong.append(f"{name} cannot be read ({error})")
+    return wrong
+
+
+def finish(partial: str, final: str) -> None:
+    """Gives a checkpoint whose files and manifest are on the disk its name."""
+    sync(partial)
+    os.rename(partial, final)
+    sync(os.path.dirname(final))
+
+
+def point_to(folder: str, step: int) -> None:
+    """Makes ``folder/latest`` name a checkpoint, for people and for DeepSpeed's tools."""
+    write_text(os.path.join(folder, LATEST), name_of(step))
+    sync(folder)
+
+
+def remove_unfinished(folder: str) -> None:
+    """Takes away what a killed run has left half-written."""
+    for name in os.listdir(folder) if os.path.isdir(folder) else []:
+        if re.fullmatch(r"step\d+\.partial", name):
+            shutil.rmtree(os.path.join(folder, name))
+
+
+def write_text(path: str, text: str) -> None:
+    """A small file, whole or not at all."""
+    temporary = f"{path}.partial"
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def sync(path: str) -> None:
+    """Waits until a file or folder has reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,95 @@
+"""A checkpoint is whole, or it is said what is wrong with it."""
+
+import os
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from largebatch.launch import checkpoint_files as files
+
+CONTENTS = {"a.pt": b"weights" * 1000, "deep/b.pt": b"", "deep/c.pt": bytes(range(256)) * 40}
+
+
+def written(folder, step=3):
+    checkpoint = folder / files.name_of(step)
+    for name, content in CONTENTS.items():
+        path = checkpoint / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    files.write_manifest(str(checkpoint), files.entries(str(checkpoint), files.files_in(str(checkpoint))), step=step)
+    return checkpoint
+
+
+def test_a_whole_one_has_no_faults(tmp_path):
+    checkpoint = written(tmp_path)
+    assert files.files_in(str(checkpoint)) == sorted(CONTENTS)
+    assert files.read_manifest(str(checkpoint))["step"] == 3
+    assert files.faults(str(checkpoint)) == []
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 3, 5])
+@pytest.mark.parametrize("name", CONTENTS)
+def test_a_missing_file_is_named_by_exactly_one_worker(tmp_path, name, num_parts):
+    checkpoint = written(tmp_path)
+    (checkpoint / name).unlink()
+    found = [files.faults(str(checkpoint), part, num_parts) for part in range(num_parts)]
+    assert [faults for faults in found if faults] == [[f"{name} is missing"]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(position=st.integers(0, len(CONTENTS["deep/c.pt"]) - 1), bit=st.integers(0, 7))
+def test_a_flipped_bit_is_found(tmp_path_factory, position, bit):
+    checkpoint = written(tmp_path_factory.mktemp("flipped"))
+    content = bytearray(CONTENTS["deep/c.pt"])
+    content[position] ^= 1 << bit
+    (checkpoint / "deep/c.pt").write_bytes(content)
+    assert files.faults(str(checkpoint)) == ["deep/c.pt has another checksum than when it was written"]
+
+
+@settings(max_examples=30, deadline=None)
+@given(length=st.integers(0, len(CONTENTS["a.pt"]) - 1))
+def test_a_truncated_file_is_found(tmp_path_factory, length):
+    checkpoint = written(tmp_path_factory.mktemp("truncated"))
+    os.truncate(checkpoint / "a.pt", length)
+    assert files.faults(str(checkpoint)) == [f"a.pt has {length} bytes, not 7000"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.binary(max_size=60))
+def test_any_other_manifest_is_a_fault_or_says_nothing_of_the_files(tmp_path_factory, text):
+    checkpoint = written(tmp_path_factory.mktemp("manifest"))
+    (checkpoint / files.MANIFEST).write_bytes(text)
+    assert files.faults(str(checkpoint)) == ["manifest.json is missing or unreadable"]
+
+
+@pytest.mark.parametrize("entry", [{}, 3, {"bytes": 7000}, {"bytes": 7000, "sha256": None}])
+def test_a_manifest_with_broken_entries(tmp_path, entry):
+    checkpoint = written(tmp_path)
+    manifest = files.read_manifest(str(checkpoint))
+    manifest["files"]["a.pt"] = entry
+    files.write_manifest(str(checkpoint), manifest["files"])
+    (fault,) = files.faults(str(checkpoint))
+    assert fault.startswith("a.pt ")
+
+
+def test_only_finished_checkpoints_are_listed(tmp_path):
+    for step in (5, 20, 100):
+        written(tmp_path, step)
+    for name in ("step7.partial", "step8.damaged", "stepx", "latest"):
+        (tmp_path / name).mkdir()
+    assert files.steps_in(str(tmp_path)) == [100, 20, 5]
+    files.remove_unfinished(str(tmp_path))
+    assert not (tmp_path / "step7.partial").exists() and (tmp_path / "step8.damaged").exists()
+    assert files.steps_in(str(tmp_path / "nowhere")) == []
+
+
+def test_finishing_renames_and_the_pointer_is_replaced_at_once(tmp_path):
+    checkpoint = written(tmp_path)
+    os.rename(checkpoint, tmp_path / "step4.partial")
+    files.finish(str(tmp_path / "step4.partial"), str(tmp_path / "step4"))
+    files.point_to(str(tmp_path), 3)
+    files.point_to(str(tmp_path), 4)
+    assert (tmp_path / "latest").read_text() == "step4"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step4"]
+    assert files.faults(str(tmp_path / "step4")) == []
