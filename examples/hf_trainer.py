@@ -31,9 +31,11 @@ DEFAULTS = dict(
 def build_model() -> ViTForImageClassification:
     """Two layers of width 32 over 16 patches, the same weights in every process."""
     set_seed(0)
+    # without biases of the keys: softmax cancels them, so their gradients are rounding noise, which LAMB would scale up
     config = ViTConfig(
         image_size=8, patch_size=2, num_channels=1, num_labels=10,
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, initializer_range=0.1,
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        initializer_range=0.1, qkv_bias=False,
     )  # fmt: skip
     return ViTForImageClassification(config)
 

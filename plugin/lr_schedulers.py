@@ -159,6 +159,8 @@ class WarmupPolyLR(WarmupDecayLR):
     Args:
         total_steps | total_epochs: length of the whole schedule, warm-up included.
         warmup_steps | warmup_epochs: length of the warm-up, default 0; epochs may be fractions.
+        total_num_steps, warmup_num_steps: the same as total_steps and warmup_steps, under the names of DeepSpeed's own
+            schedulers, for which Hugging Face's Trainer and Accelerate fill in "auto".
         steps_per_epoch: data set size / global batch, where epochs are used.
         power: >= 0, of the decay. warmup_power: > 0, of the warm-up; 1 is linear.
         warmup_start_factor, end_factor: 0 to 1, shares of the peak.
