@@ -35,8 +35,8 @@ def work(arguments: argparse.Namespace) -> None:
     import torch.distributed as dist
 
     from largebatch import schedule
-    from largebatch.launch.inputs.sources import load_data
     from largebatch.launch.inputs.loading import ImageLoader
+    from largebatch.launch.inputs.sources import load_data
     from largebatch.launch.train import import_deepspeed
     from largebatch.models.registry import build_model
 
