@@ -178,6 +178,8 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
             stats = call.stats_of(call_figures, self._stats.pop(call.names, None))
             self._stats[call.names] = stats
         self._count_step(calls, figures)
+        for call in calls:
+            call.segments.grads = []  # theirs who made them; held here, they would outlive zero_grad()
         return loss
 
     def _calls(self) -> list[Call]:

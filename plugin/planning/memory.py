@@ -146,9 +146,7 @@ def memory(
     if layout.wrapper == "none":
         states["masters"] = 0
     (host if is_offloaded else device).update(states)
-    kept = 4 * shard if optimizer in LAYERWISE and not is_offloaded and layout.wrapper in KEEPING else 0
     add_gradients(device, host, layers, layout)
-    device["gradients"] += kept
     if layout.offload == OFFLOADS[2]:
         host["weights"], device["weights"] = device["weights"], 0
 
@@ -163,10 +161,6 @@ def memory(
     if is_low and is_offloaded and layout.stage < 3:
         host["workspace"] = 2 * partition + 2 * largest
     return Memory(device | moments[moment], host, moment)
-
-
-KEEPING = ("none", "FP16_UnfusedOptimizer", "DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3")
-"""Wrappers that hand the optimizer fresh gradient tensors, which ours hold until the next step."""
 
 
 def add_gradients(device: dict[str, int], host: dict[str, int], layers: Sequence[int], layout: Layout) -> None:

@@ -3,6 +3,7 @@
 import copy
 import logging
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -352,3 +353,19 @@ def test_ratio_does_not_depend_on_how_the_sum_was_cut():
         parts = sum(square_sum(part) for part in values.chunk(num_parts))
         assert parts.sqrt().float() == whole.sqrt().float()
         assert abs(parts - whole) / whole < 1e-14
+
+
+@pytest.mark.parametrize("kernels", ["reference", "cpp"])
+@pytest.mark.parametrize("algorithm", [largebatch.LARS, largebatch.LAMB])
+def test_gradients_are_not_kept(algorithm, kernels):
+    """After zero_grad() nothing holds their memory."""
+    parameters = [torch.nn.Parameter(torch.ones(3, 4)), torch.nn.Parameter(torch.ones(5))]
+    optimizer = algorithm(parameters, lr=0.1, kernels=kernels)
+    for _ in range(2):
+        storages = []
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+            storages.append(weakref.ref(parameter.grad))
+        optimizer.step()
+        optimizer.zero_grad()
+        assert [grad() for grad in storages] == [None, None]

@@ -137,6 +137,12 @@ struct Chunk {
   int64_t begin, end;
 };
 
+// Lets go of tensors at the end of a call, so that nobody's memory is kept; declared before the GIL is released.
+struct Borrowed {
+  std::vector<at::Tensor>& tensors;
+  ~Borrowed() { tensors.clear(); }
+};
+
 class Plan {
  public:
   Plan(std::vector<at::Tensor> weights, std::vector<std::vector<at::Tensor>> states, std::vector<at::Tensor> steps,
@@ -196,6 +202,7 @@ class Plan {
   }
 
   at::Tensor accumulate(std::vector<at::Tensor> grads, double grad_scale) {
+    const Borrowed borrowed{grads_};
     take(grads, grad_scale);
     const auto num_layers = static_cast<int64_t>(weight_decays_.size());
     at::Tensor sums = at::zeros({num_layers, 2}, at::kDouble);
@@ -214,6 +221,7 @@ class Plan {
 
   void advance(std::vector<at::Tensor> grads, double grad_scale, double lr, const at::Tensor& ratios,
                const at::Tensor& weight_decays, const std::optional<at::Tensor>& shrinkage, const at::Tensor& is_finite) {
+    const Borrowed borrowed{grads_};
     take(grads, grad_scale);
     const at::Tensor ratios64 = ratios.to(at::kDouble).contiguous();
     const double* ratio = ratios64.data_ptr<double>();
@@ -236,6 +244,7 @@ class Plan {
   // A whole step. Returns [4, num_layers] fp64: weight norm, direction norm, trust ratio, weight decay in force; and
   // [num_layers] bool, whether the layer moved.
   std::tuple<at::Tensor, at::Tensor> step(std::vector<at::Tensor> grads, double grad_scale, double lr) {
+    const Borrowed borrowed{grads_};
     take(grads, grad_scale);
     const auto num_layers = static_cast<int64_t>(weight_decays_.size());
     at::Tensor figures = at::zeros({4, num_layers}, at::kDouble);
