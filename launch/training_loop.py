@@ -168,8 +168,12 @@ class TrainingLoop:
         lr = engine.get_lr()[0]
         engine.train()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        # running statistics move with every micro-step; those of a step that is not taken have to be undone
+        buffers = [(b, b.clone()) for b in engine.module.buffers()] if plan.accumulation_steps > 1 else []
         for micro_step in range(plan.accumulation_steps):
             if self._is_interrupted(micro_step):
+                for buffer, before in buffers:
+                    buffer.copy_(before)
                 return False
             loss = self.task.loss(engine, next(batches), dtype=self.dtype)
             engine.backward(loss)
