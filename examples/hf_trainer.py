@@ -14,7 +14,7 @@ import largebatch
 
 DEFAULTS = dict(
     output_dir="runs/hf_trainer",
-    per_device_train_batch_size=256,
+    per_device_train_batch_size=128,
     num_train_epochs=20,
     learning_rate=0.02,
     weight_decay=0.01,
