@@ -133,6 +133,10 @@ def network_findings(gathered: Gathered) -> Iterator[Finding]:
             fix = "look at the output above; a rank may have been killed"
             yield Finding(FAILS, "", "the ranks reported no network figures", fix)
         return
+    if network["is_folder_shared"] is False:
+        problem = "the nodes do not share the folder for results; each keeps its own ranks' part of the checkpoints"
+        fix = "share it; or add --set checkpoint.use_node_local_storage=true, without which --resume fails"
+        yield Finding(WARNS, "", problem, fix)
     for line in network["lines"]:
         if abs(line["clock_offset"]) > MOST_CLOCK_SKEW:
             fix = "synchronise the clocks (chrony or ntp on all nodes)"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 import os
+import pathlib
 import statistics
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -21,17 +23,18 @@ LINE_BYTES = 1 << 22
 
 
 def measure(
-    rank: int, world_size: int, local_rank: int, *, timeout: float, on_timeout: Callable[[], None]
+    rank: int, world_size: int, local_rank: int, *, folder: pathlib.Path, timeout: float, on_timeout: Callable[[], None]
 ) -> dict[str, Any]:
     """Joins the process group, measures, and leaves it. Collective.
 
     Args:
+        folder: where results will go, or the nearest folder above that is there.
         timeout: seconds for the ranks to meet.
         on_timeout: called from another thread when they have not; must end the process, since gloo tries on for five
             times its own timeout and cannot be told to stop.
 
     Returns:
-        On rank 0: ``backend``, ``world_size``, ``all_reduce`` (list of bytes, seconds and bus bandwidth in bytes/s) and
+        On rank 0: ``backend``, ``world_size``, ``is_folder_shared`` (None if it cannot be written), ``all_reduce`` (list of bytes, seconds and bus bandwidth in bytes/s) and
         ``lines`` (of each other node's first rank: rank, host, one-way latency in s, bandwidth in bytes/s, clock offset in s).
 
     Raises:
@@ -57,6 +60,7 @@ def measure(
         figures = {
             "backend": "nccl" if has_cuda else "gloo",
             "world_size": world_size,
+            "is_folder_shared": is_shared(folder, rank),
             "all_reduce": [
                 all_reduce(size, repeats, device) for size, repeats in ALL_REDUCE_REPEATS[device.type].items()
             ],
@@ -72,6 +76,25 @@ def measure(
         watch.cancel()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def is_shared(folder: pathlib.Path, rank: int) -> bool | None:
+    """Whether all ranks see a file that rank 0 puts there for a moment."""
+    token: list[Any] = [None]
+    if rank == 0:
+        try:
+            descriptor, token[0] = tempfile.mkstemp(prefix=".largebatch-doctor-", dir=folder)
+            os.close(descriptor)
+        except OSError:  # the node's own report says so
+            pass
+    dist.broadcast_object_list(token, src=0)
+    if token[0] is None:
+        return None
+    are_seeing: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(are_seeing, os.path.exists(token[0]))
+    if rank == 0:
+        os.remove(token[0])
+    return all(are_seeing)
 
 
 def all_reduce(num_bytes: int, repeats: int, device: torch.device) -> dict[str, float]:

@@ -34,11 +34,11 @@ def main(argv: list[str] | None = None) -> int:
     if local_rank == 0:
         lines.emit("node", rank, node_report(data=arguments.data, output=arguments.output, world_size=world_size))
     if world_size > 1:
-        check_network(rank, world_size, local_rank, arguments.timeout)
+        check_network(rank, world_size, local_rank, output=arguments.output, timeout=arguments.timeout)
     return 0
 
 
-def check_network(rank: int, world_size: int, local_rank: int, timeout: float) -> None:
+def check_network(rank: int, world_size: int, local_rank: int, *, output: str, timeout: float) -> None:
     """Writes rank 0's figures, or what kept this rank from taking part."""
     from largebatch.launch.doctor import network
 
@@ -50,7 +50,8 @@ def check_network(rank: int, world_size: int, local_rank: int, timeout: float) -
         os._exit(0)
 
     try:
-        figures = network.measure(rank, world_size, local_rank, timeout=timeout, on_timeout=give_up)
+        folder = resources.existing_parent(output)
+        figures = network.measure(rank, world_size, local_rank, folder=folder, timeout=timeout, on_timeout=give_up)
     except Exception as error:  # of gloo, NCCL or the store: each its own class; all mean that ranks do not meet
         fail(f"{type(error).__name__}: {error}")
     else:

@@ -53,9 +53,7 @@ def memory() -> dict[str, int | None]:
 
 def space(folder: str) -> dict[str, Any]:
     """Free and total bytes where ``folder`` is or would be made, and whether this user may write there."""
-    existing = pathlib.Path(folder).absolute()
-    while not existing.exists():
-        existing = existing.parent
+    existing = existing_parent(folder)
     usage = shutil.disk_usage(existing)
     is_writable = existing.is_dir() and os.access(existing, os.W_OK)
     return {
@@ -64,6 +62,14 @@ def space(folder: str) -> dict[str, Any]:
         "total": usage.total,
         "is_writable": is_writable,
     }
+
+
+def existing_parent(folder: str) -> pathlib.Path:
+    """``folder``, or the nearest above it that is there."""
+    existing = pathlib.Path(folder).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return existing
 
 
 def shared_memory() -> dict[str, Any]:

@@ -81,6 +81,7 @@ def test_two_hosts_train_the_same_as_one(two_hosts, tmp_path):
         two_hosts, "bash", ROOT / "launch/ssh_nodes.sh", two_hosts.hostfile, *RUN, "--output", over_hosts
     )
     assert "ready: 2 ranks on 2 nodes" in out and f"results     {over_hosts}" in out, "the check before the run"
+    assert "do not share" not in out
     assert "node1: lenet on digits" in out and "node2: " in out, "pdsh names the host before each line"
     on_first_host(two_hosts, "deepspeed", "--num_accelerators", 2, ROOT / "launch/train.py", *RUN, "--output", on_one)
     events = numbers(over_hosts)
@@ -91,12 +92,14 @@ def test_two_hosts_train_the_same_as_one(two_hosts, tmp_path):
     assert [host.run("ls", "-A", "/dev/shm")[1] for host in two_hosts.hosts] == ["", ""]
 
 
-def test_doctor_sees_both_nodes_and_data_that_only_one_has(two_hosts):
+def test_doctor_sees_both_nodes_and_what_they_do_not_share(two_hosts):
+    """Data that only one of them has, and results that go to a folder of each node's own."""
     for host, script in zip(two_hosts.hosts, ("mkdir /run/data && echo 1 > /run/data/file", "true"), strict=True):
         assert host.run("sh", "-c", script)[0] == 0
-    code, report = doctor(two_hosts, "--data", "/run/data", "--timeout", 150)
+    code, report = doctor(two_hosts, "--data", "/run/data", "--output", "/run/results", "--timeout", 150)
     fails = [f for f in report["findings"] if f["level"] == "fails"]
     assert code == 1 and [(f["node"], f["problem"]) for f in fails] == [("node2", "--data '/run/data' does not exist")]
+    assert [f["problem"] for f in report["findings"] if "do not share the folder for results" in f["problem"]]
     assert {name: node["interfaces"]["address"] for name, node in report["nodes"].items()} == {
         host.name: host.address for host in two_hosts.hosts
     }

@@ -59,6 +59,7 @@ def network(**line):
     return {
         "backend": "gloo",
         "world_size": 2,
+        "is_folder_shared": True,
         "all_reduce": [{"bytes": 1 << 20, "seconds": 1e-3, "bandwidth": 1e9}],
         "lines": [{"rank": 1, "host": "beta", "latency": 1e-4, "bandwidth": 1e9, "clock_offset": 0.0, **line}],
     }
@@ -142,6 +143,8 @@ def test_faults_of_the_network(capsys):
     slow["all_reduce"][0]["bandwidth"] = 5e7
     (pace,) = judged(capsys, healthy("alpha"), healthy("beta"), figures=slow)
     assert pace.level == WARNS and "moves 50 MB/s at best" in pace.problem
+    (apart,) = judged(capsys, healthy("alpha"), healthy("beta"), figures=network() | {"is_folder_shared": False})
+    assert apart.level == WARNS and "do not share the folder" in apart.problem
     uneven = network()
     uneven["lines"] = [uneven["lines"][0] | {"rank": r, "bandwidth": b} for r, b in ((1, 1e9), (2, 2e8), (3, 1e9))]
     names = ("alpha", "beta", "gamma", "delta")
