@@ -32,18 +32,21 @@ def environment():
 def start(*arguments, num_ranks=2, launcher_options=("--log_level", "error")):
     """The deepspeed launcher as a user's shell would start it, in a process group of its own."""
     launcher = shutil.which("deepspeed", path=environment()["PATH"])
+    port = free_port()
     command = [
         launcher,
         "--num_accelerators",
         str(num_ranks),
         "--master_port",
-        str(free_port()),
+        str(port),
         *launcher_options,
         *map(str, arguments),
     ]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )  # fmt: skip
+    process.port = port
+    return process
 
 
 def finish(process):
@@ -60,14 +63,15 @@ def finish(process):
 
 def train(*arguments, **options):
     """Runs launch/train.py to its end; asserts that it ends well and without noise."""
-    before = set(os.listdir("/dev/shm"))
-    code, out, err = finish(start("launch/train.py", *arguments, **options))
+    process = start("launch/train.py", *arguments, **options)
+    code, out, err = finish(process)
     assert code == 0, f"exit code {code}\n{out}\n{err}"
     noise = [
         line for line in err.splitlines() if any(w in line for w in ("Warning", "WARNING", "Traceback", "terminate"))
     ]
     assert [line for line in noise if "hostfile" not in line] == [], err
-    assert not [name for name in set(os.listdir("/dev/shm")) - before if "deepspeed" in name]
+    # the names of DeepSpeed's buffers end in the port; those of other runs are not ours
+    assert not [name for name in os.listdir("/dev/shm") if "deepspeed" in name and str(process.port) in name]
     return out
 
 
