@@ -112,7 +112,7 @@ def test_doctor_sees_both_nodes_and_what_they_do_not_share(two_hosts):
 def test_doctor_tells_of_ranks_that_do_not_meet(two_hosts, tmp_path):
     """Both nodes are named by an interface over which they cannot see each other."""
     write_environment(tmp_path, "lo")
-    code, report = doctor(two_hosts, "--timeout", 10, folder=tmp_path)
+    code, report = doctor(two_hosts, "--timeout", 5, folder=tmp_path)
     fails = [f for f in report["findings"] if f["level"] == "fails"]
     assert code == 1 and fails and report["network"] is None and report["nodes"].keys() == {"node1", "node2"}
     assert all("does not meet the other ranks at 192.0.2.1:29500" in f["problem"] for f in fails)
