@@ -221,7 +221,7 @@ def reduction_workspace(
         return {"workspace": 4 * largest if width == 4 else 2 * num_parameters}
     # flattened, and again in fp32 where it is not; with a part of the model in the bucket, backward goes on meanwhile
     copies = 4 * bucket + (2 * bucket if width == 2 else 0)
-    if layout.stage == 2 and width == 4 and accumulation_steps > 2:
+    if layout.stage == 2 and width == 4 and accumulation_steps > 1:
         copies += 4 * largest_owned(layers, layout.world_size)  # this micro-step's, before they are added to the sums
     copies += gathered_weights(layout, num_parameters)
     if bucket == num_parameters:

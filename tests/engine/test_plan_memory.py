@@ -13,6 +13,7 @@ from largebatch.planning.communication import traffic
 from largebatch.planning.memory import Layout, memory
 from largebatch.planning.training_time import num_steps
 from support import engine_memory, launching
+from support.engine_memory import NUM_STEPS
 
 MICRO_BATCH, ACCUMULATION = 16, 2
 
@@ -68,7 +69,7 @@ def test_memory_and_collectives_of_an_engine(
     )  # fmt: skip
     found = outcomes[0]
     assert found["layers"] == layers and WRAPPERS[found["wrapper"]] == layout.wrapper
-    assert found["steps"] == 2 and found["samples"] == 2 * MICRO_BATCH * ACCUMULATION * ranks
+    assert found["steps"] == NUM_STEPS and found["samples"] == NUM_STEPS * MICRO_BATCH * ACCUMULATION * ranks
 
     activations = probes(model, precision).activations(MICRO_BATCH)
     predicted = memory(
@@ -87,14 +88,20 @@ def test_memory_and_collectives_of_an_engine(
 
 
 def test_a_wrong_layout_would_be_seen(rank_pool, probes):
-    """The tolerance of a tenth tells one ZeRO stage from another."""
+    """The tolerance of a tenth tells one ZeRO stage from the next."""
     layers = [p.numel() for p in engine_memory.fresh_model("lenet").parameters()]
-    activations = probes("lenet", "bf16").activations(MICRO_BATCH)
+    activations = probes("lenet", "fp32").activations(MICRO_BATCH)
     totals = [
-        memory(layers, Layout(stage, "bf16", 2, "none", sum(layers)), optimizer="lamb", activations=activations).total
+        memory(
+            layers,
+            Layout(stage, "fp32", 2, "none", sum(layers)),
+            optimizer="lamb",
+            activations=activations,
+            accumulation_steps=ACCUMULATION,
+        ).total
         for stage in (1, 2, 3)
     ]
-    assert totals[1] / totals[0] > 1.1 and totals[2] / totals[1] > 1.1
+    assert totals[1] / totals[0] > 1.1 and totals[1] / totals[2] > 1.1
 
 
 @pytest.mark.launcher
