@@ -56,7 +56,7 @@ def test_a_checkpoint_keeps_each_ranks_own_for_as_many_ranks(rank_pool, tmp_path
 
 
 ARGUMENTS = (
-    "--deepspeed_config", "../ds_configs/lenet_digits_lars_480.json", "--steps", 4, "--set", "largebatch.model=davidnet",
+    "--deepspeed_config", "lenet_digits_lars_480", "--steps", 4, "--set", "largebatch.model=davidnet",
     "--set", 'largebatch.model_options={"width": 2}', "--set", "train_batch_size=48",
     "--set", "train_micro_batch_size_per_gpu=12", "--set", "tensorboard.enabled=false", "--set", "optimizer.params.lr=0.1",
     "--set", "largebatch.lr_scaling=null", "--output",

@@ -15,7 +15,7 @@ from largebatch.launch.recipe_section import check_section
 from largebatch.launch.run_plan import micro_batch_candidates
 from support import trainer_runs
 
-RECIPE = "../ds_configs/lenet_digits_lars_480.json"
+RECIPE = "lenet_digits_lars_480"
 CPU = torch.device("cpu")
 
 
