@@ -10,8 +10,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from largebatch.launch import checkpoints
 from largebatch.launch.arguments import apply_overrides, parse_arguments, read_recipe
+from largebatch.launch.checkpoints import loading, saving
 from largebatch.launch.engines import (
     build_engine,
     check_optimizer_type,
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
             outcome = loop.run(first_step)
         except UnreadableImageError as error:
             return refuse(error, is_of_one_rank=True)
-        except checkpoints.CheckpointNotWrittenError as error:
+        except saving.CheckpointNotWrittenError as error:
             loop.reporter.close()
             if run.rank == 0:
                 print(f"largebatch: error: {error}", file=sys.stderr, flush=True)
@@ -131,9 +131,11 @@ def prepare(arguments) -> Run:
 
 def step_to_resume(folder: str, rank: int) -> int:
     """The newest whole checkpoint's; says which newer ones are passed over."""
-    step, damages = checkpoints.newest_whole(folder)
+    step, damages = loading.newest_whole(folder)
     if damages and rank == 0:
-        print(f"largebatch: warning: damaged checkpoints are passed over ({'; '.join(damages)}); continuing from step {step}")
+        print(
+            f"largebatch: warning: damaged checkpoints are passed over ({'; '.join(damages)}); continuing from step {step}"
+        )
     return step
 
 
@@ -147,10 +149,10 @@ def open_stage(run: Run, stage: Stage, reporter: Reporter | None) -> tuple[Train
     engine, batch_norm, monitor = build_engine(task, stage.plan, world_size=run.world_size)
     first_step = 0
     if run.first_step > stage.first_step:
-        checkpoints.load(engine, run.checkpoints, run.first_step, rank=run.rank)
+        loading.load(engine, run.checkpoints, run.first_step, rank=run.rank)
         first_step = run.first_step - stage.first_step
     elif stage.number:
-        checkpoints.load_for_next_stage(engine, run.checkpoints, stage.first_step, rank=run.rank)
+        loading.load_for_next_stage(engine, run.checkpoints, stage.first_step, rank=run.rank)
     if reporter is None:
         if run.first_step and run.rank == 0 and os.path.exists(run.metrics):
             discard_after(run.metrics, run.first_step)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from largebatch.launch import checkpoints
+from largebatch.launch.checkpoints import saving
 from largebatch.launch.reporting import Reporter
 from largebatch.launch.run_plan import Stage
 from largebatch.launch.running_statistics import averaged_over_ranks
@@ -287,14 +287,14 @@ class TrainingLoop:
         """A checkpoint that cannot be written is told of, and training goes on: the ones before are there."""
         try:
             self._save(step)
-        except checkpoints.CheckpointNotWrittenError as error:
+        except saving.CheckpointNotWrittenError as error:
             self.reporter.say(f"warning: {error}")
             self.reporter.event("checkpoint_failed", step=self._total(step), reason=str(error))
             self.speed.restart()
 
     def _save(self, step: int) -> str:
         self._report_taken()
-        checkpoint = checkpoints.save(self.engine, self.folder, self._total(step), rank=self.rank)
+        checkpoint = saving.save(self.engine, self.folder, self._total(step), rank=self.rank)
         self.speed.restart()
         return checkpoint
 

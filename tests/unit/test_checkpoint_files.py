@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from largebatch.launch import checkpoint_files as files
+from largebatch.launch.checkpoints import files
 
 CONTENTS = {"a.pt": b"weights" * 1000, "deep/b.pt": b"", "deep/c.pt": bytes(range(256)) * 40}
 
