@@ -147,7 +147,7 @@ def find_micro_batch(
         device,
     )
     try:
-        found = largest_that_fits(candidates, trial.fits, device=device, world_size=world_size)
+        found = largest_that_fits(candidates, trial.fits, world_size=world_size)
     finally:
         trial.release()
     recipe["train_micro_batch_size_per_gpu"] = found

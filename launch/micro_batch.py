@@ -1,8 +1,8 @@
 """The largest micro-batch that fits into the memory of the device, when a recipe leaves it open.
 
-Every rank tries sizes on an engine that is thrown away afterwards, with the model, the optimizer and the data of the run: two
+The ranks try sizes on engines that are thrown away afterwards, with the model, the optimizer and the data of the run: two
 micro-steps and an optimizer step, with collectives that send nothing, so that a rank that runs out of memory keeps no other
-waiting. Then the ranks agree on the least of what fits. The training engine is built anew: nothing of a failed try, partial
+waiting. After each try they agree whether it went well on all. The training engine is built anew: nothing of a failed try, partial
 gradients least of all, is in it, and the global batch, the order of the data and the weights are what they would have been.
 """
 
@@ -26,6 +26,9 @@ OUT_OF_MEMORY_MESSAGES = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAIL
 COLLECTIVES = re.compile(r"_?(all|broadcast|reduce|gather|scatter|barrier|monitored_barrier|send|recv)")
 """Beginnings of the names of torch.distributed.ProcessGroup's methods through which all communication goes."""
 
+FAILED = -1
+"""In place of an answer, 0 or 1."""
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError):
@@ -33,17 +36,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY_MESSAGES)
 
 
-def largest_that_fits(
-    candidates: Sequence[int], fits: Callable[[int], bool], *, device: torch.device, world_size: int
-) -> int:
-    """The largest candidate that fits on every rank. A collective.
+def largest_that_fits(candidates: Sequence[int], fits: Callable[[int], bool], *, world_size: int) -> int:
+    """The largest candidate that fits.
 
     Args:
         candidates: ascending; if one fits, all smaller ones do.
-        fits: whether a micro-batch fits on this rank; not a collective.
+        fits: whether a micro-batch fits on all ranks; the same on each of them.
 
     Raises:
-        ValueError: on every rank, if not even the smallest fits on all.
+        ValueError: not even the smallest fits.
     """
     below, above = -1, len(candidates)  # the largest that fits lies in [below, above)
     while above - below > 1:
@@ -52,15 +53,33 @@ def largest_that_fits(
             below = middle
         else:
             above = middle
-    agreed = torch.tensor(below, device=device)
-    if world_size > 1:
-        dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
-    if agreed.item() < 0:
+    if below < 0:
         raise ValueError(
             f"out of memory with the smallest possible micro-batch, {candidates[0]}, on at least one of {world_size} ranks; "
             "expected a model that fits. Use a higher zero_optimization.stage, offload_optimizer, bf16, or more GPUs"
         )
-    return candidates[agreed.item()]
+    return candidates[below]
+
+
+def on_all_ranks(is_so: Callable[[], bool], device: torch.device) -> bool:
+    """Whether a function that communicates with nobody returns True on every rank. A collective.
+
+    Raises:
+        Exception: what it has raised on this rank; a RuntimeError on the others, which would wait for it.
+    """
+    failure: Exception | None = None
+    try:
+        answer = int(is_so())
+    except Exception as error:
+        answer, failure = FAILED, error
+    agreed = torch.tensor(answer, device=device)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
+    if failure is not None:
+        raise failure
+    if agreed.item() == FAILED:
+        raise RuntimeError("another rank has failed while it tried a micro-batch; its own message says why")
+    return bool(agreed.item())
 
 
 class Finished:
@@ -103,10 +122,10 @@ def no_collective(*_: Any, **__: Any) -> Finished:
 
 
 class Trial:
-    """Tries micro-batches on this rank.
+    """Tries micro-batches, the same ones on all ranks.
 
     Args:
-        build_engine: the engine of the run, for the smallest micro-batch. The first call is a collective.
+        build_engine: the engine of the run, for the smallest micro-batch. A collective.
         batch_of: micro-batch -> a batch of this rank's data.
         loss: engine, batch -> loss.
         set_micro_batch: engine, micro-batch -> None; tells the model, as batch normalisation needs.
@@ -125,10 +144,19 @@ class Trial:
         self.engine: Any = build_engine()
 
     def fits(self, micro_batch: int) -> bool:
-        """Whether this rank can take two micro-steps and a step; only running out of memory means that it cannot."""
+        """Whether all ranks can take two micro-steps and a step. A collective; only a lack of memory means that one cannot.
+
+        After a failure all ranks build their engines anew: DeepSpeed numbers process groups, modules and parameters in the
+        order in which they are made, and compares these numbers between ranks.
+        """
         if self.engine is None:
-            with silent_collectives():
-                self.engine = self.build_engine()
+            self.engine = self.build_engine()
+        is_fitting = on_all_ranks(lambda: self._fits_here(micro_batch), self.device)
+        if not is_fitting:
+            self.release()
+        return is_fitting
+
+    def _fits_here(self, micro_batch: int) -> bool:
         try:
             with silent_collectives(), memory_limited(self.device):
                 self._step(micro_batch)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from largebatch.launch import engines
 from largebatch.launch.arguments import read_recipe
-from largebatch.launch.micro_batch import is_out_of_memory, largest_that_fits, silent_collectives
+from largebatch.launch.micro_batch import is_out_of_memory, largest_that_fits, on_all_ranks, silent_collectives
 from largebatch.launch.recipe_section import check_section
 from largebatch.launch.run_plan import micro_batch_candidates
 from support import trainer_runs
@@ -29,9 +29,9 @@ def test_the_search_finds_the_largest(candidates, limit):
 
     if candidates[0] > limit:
         with pytest.raises(ValueError, match=f"smallest possible micro-batch, {candidates[0]}"):
-            largest_that_fits(candidates, fits, device=CPU, world_size=1)
+            largest_that_fits(candidates, fits, world_size=1)
     else:
-        found = largest_that_fits(candidates, fits, device=CPU, world_size=1)
+        found = largest_that_fits(candidates, fits, world_size=1)
         assert found == max(c for c in candidates if c <= limit)
     assert len(tried) <= len(candidates).bit_length()
 
@@ -53,9 +53,10 @@ def test_what_counts_as_out_of_memory(error, is_it):
 
 
 def agreed(limits):
-    return largest_that_fits(
-        [1, 2, 4, 8, 16], lambda size: size <= limits[dist.get_rank()], device=CPU, world_size=dist.get_world_size()
-    )
+    def fits(size):
+        return on_all_ranks(lambda: size <= limits[dist.get_rank()], CPU)
+
+    return largest_that_fits([1, 2, 4, 8, 16], fits, world_size=dist.get_world_size())
 
 
 def test_all_ranks_agree_on_the_least(rank_pool):
@@ -113,21 +114,21 @@ def arguments(folder, stage, micro, precision="fp32"):
     ]  # fmt: skip
 
 
-def train_with_little_memory(folder, stage, micro):
-    """Room for 100 images on rank 1; divisors of its share of 240: ..., 80, 120, 240."""
-    with trainer_runs.out_of_memory_above(100, rank=1):
-        return trainer_runs.run_trainer(arguments(folder, stage, micro))
+def train_with_little_memory(folder, stage, precision, micro):
+    """Room for 20 images on rank 1: 15, 40, 20 and 24 are tried, and engines built again after 40."""
+    with trainer_runs.out_of_memory_above(20, rank=1):
+        return trainer_runs.run_trainer(arguments(folder, stage, micro, precision))
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_training_after_a_search_is_training_without(rank_pool, tmp_path, stage):
+@pytest.mark.parametrize("stage, precision", [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32")])
+def test_training_after_a_search_is_training_without(rank_pool, tmp_path, stage, precision):
     """Batch, order of the data and gradients are what they are when the recipe names the micro-batch: the same bits."""
-    found = rank_pool.run(2, train_with_little_memory, tmp_path / "searched", stage, "auto")
-    assert [micro for *_, micro in found] == [80, 80]
-    named = rank_pool.run(2, trainer_runs.run_trainer, arguments(tmp_path / "named", stage, 80))
+    found = rank_pool.run(2, train_with_little_memory, tmp_path / "searched", stage, precision, "auto")
+    assert [micro for *_, micro in found] == [20, 20]
+    named = rank_pool.run(2, trainer_runs.run_trainer, arguments(tmp_path / "named", stage, 20, precision))
     for (weights, *_), (others, *_) in zip(found, named, strict=True):
         assert weights.keys() == others.keys() and all(torch.equal(weights[k], others[k]) for k in weights)
-    assert read_recipe(str(tmp_path / "searched" / "ds_config.json"))["gradient_accumulation_steps"] == 3
+    assert read_recipe(str(tmp_path / "searched" / "ds_config.json"))["gradient_accumulation_steps"] == 12
 
 
 def resume_with_little_memory(folder):
@@ -143,13 +144,17 @@ def test_a_resumed_run_keeps_its_micro_batch(rank_pool, tmp_path):
 
 
 def train_with_a_bug(folder):
-    with trainer_runs.out_of_memory_above(100, rank=None, error=RuntimeError):
+    with trainer_runs.out_of_memory_above(100, rank=1, error=RuntimeError):
         trainer_runs.run_trainer(arguments(folder, 1, "auto"))
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(rank_pool, tmp_path):
-    with pytest.raises(AssertionError, match="RuntimeError: no room for 1?[0-9]* images"):
+    """And keep no other rank waiting."""
+    with pytest.raises(AssertionError) as caught:
         rank_pool.run(2, train_with_a_bug, tmp_path / "run")
+    of_rank_0, of_rank_1 = str(caught.value).split("rank 1 of 2:")
+    assert "RuntimeError: another rank has failed while it tried a micro-batch" in of_rank_0
+    assert "RuntimeError: no room for 120 images" in of_rank_1
 
 
 def train_without_room(folder):
