@@ -95,6 +95,8 @@ def measure(deepspeed, model: str, arguments, device: str, folder: str) -> str:
             scalars[f"WeightNorm/{name}"] = figures["weight_norm"]
             scalars[f"DirectionNorm/{name}"] = figures["direction_norm"]
         reporter.scalars(scalars, steps)
+        over_layers = {f"Layers/{key}": [f[key] for f in layers.values()] for key in ("trust_ratio", "local_lr")}
+        reporter.histograms(over_layers, steps)
 
     def timed_stats_of(*given):
         start = time.perf_counter()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 NUM_AVERAGED = 5
@@ -70,6 +72,21 @@ class Reporter:
             self.waiting += [(tag, float(value), num_samples) for tag, value in values.items()]
             if time.monotonic() - self.last_written > SECONDS_BETWEEN_SCALARS:
                 self.write_scalars()
+
+    def histograms(self, values: dict[str, list[float]], num_samples: int) -> None:
+        """For TensorBoard, if the ds_config enables it: no other monitor takes them. Zeros, NaN and inf have no logarithm.
+
+        Args:
+            values: tag -> numbers that the host has already; their decimal logarithms are shown.
+        """
+        board = getattr(self.monitor, "tb_monitor", None)
+        writer = None if board is None else board.summary_writer
+        if not self.is_writer or writer is None:
+            return
+        for tag, numbers in values.items():
+            logarithms = [math.log10(number) for number in numbers if 0 < number < math.inf]
+            if logarithms:
+                writer.add_histogram(f"{tag}_log10", np.array(logarithms), num_samples)
 
     def write_scalars(self) -> None:
         self.monitor.write_events(self.waiting)

@@ -1,7 +1,8 @@
 """``largebatch study``: trains a grid of optimizers, global batches and seeds, and writes what came out.
 
 The output folder holds one folder per run, ``runs.csv`` (a row per run), ``table.md`` (mean and spread per optimizer and
-batch) and the plots. Called again it goes on: finished runs are kept, interrupted ones resumed from their checkpoint.
+batch) and the plots. Called again it goes on: finished runs are kept, interrupted ones resumed from their checkpoint. With
+``--finished`` the rows of an earlier study, whose folders are gone, count as runs of this one.
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="as for launch/train.py, for every run"
     )
+    parser.add_argument(
+        "--finished", metavar="CSV", help="runs.csv of an earlier study: its runs are taken as they are, not done again"
+    )
     parser.add_argument("--ranks", type=positive, help="processes (default: one per GPU, or 2 on the CPU)")
     parser.add_argument("--recipes", metavar="DIR", help="folder of recipes (default: those of the package)")
     parser.add_argument(
@@ -88,6 +92,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.epochs is not None and arguments.steps is not None:
             raise ValueError("--epochs and --steps are both given; expected one of them")
+        if arguments.finished is not None and arguments.set:
+            raise ValueError(
+                f"--finished and --set {arguments.set[0]!r} are both given; a CSV does not tell whether its runs had that "
+                "setting. Leave one of them out"
+            )
         folder = arguments.recipes or os.path.dirname(os.path.abspath(largebatch.ds_configs.__file__))
         runs = expand(
             folder,
@@ -135,6 +144,7 @@ class Study:
         ranks = arguments.ranks or torch.cuda.device_count() or CPU_RANKS
         self.launch = runner.Launch(ranks, arguments.data_folder)
         self.failed: dict[str, str] = {}
+        self.finished: dict[str, results.Row] = {}
         self.progress = Progress()
 
     @contextlib.contextmanager
@@ -171,22 +181,33 @@ class Study:
         return recipe
 
     def check(self) -> None:
-        """Raises ValueError if a folder holds a run of another setting."""
+        """Raises ValueError if a folder, or --finished, holds a run of another setting."""
+        earlier = results.read_csv(self.arguments.finished) if self.arguments.finished is not None else []
         for run in self.runs:
+            row = results.finished_row(run, self.recipe(run), earlier, self.arguments.metric)
+            if row is not None and runner.state_of(self.folder(run)) == "new":
+                self.finished[run.name] = row
             found = runner.differences(self.recipe(run), self.folder(run))
             if found:
                 raise ValueError(
                     f"{self.folder(run)!r} holds a run with {'; '.join(found)}; choose another --output, or remove that folder"
                 )
 
+    def row(self, run: GridRun) -> results.Row | None:
+        """None if the run has not ended."""
+        return self.finished.get(run.name) or results.read_row(run, self.folder(run), self.arguments.metric)
+
     def rows(self) -> list[results.Row]:
-        rows = [results.read_row(run, self.folder(run), self.arguments.metric) for run in self.runs]
-        return [row for row in rows if row is not None]
+        return [row for row in map(self.row, self.runs) if row is not None]
 
     def run(self) -> int:
         """Does what is left to do; returns the exit code."""
         ranks = f"{self.launch.num_ranks} rank{'s' * (self.launch.num_ranks > 1)}"
-        waiting = [run for run in self.runs if runner.state_of(self.folder(run)) != "finished"]
+        waiting = [
+            run
+            for run in self.runs
+            if run.name not in self.finished and runner.state_of(self.folder(run)) != "finished"
+        ]
         print(
             f"{len(self.runs)} runs, {len(self.runs) - len(waiting)} of them finished before, {ranks} each, in {self.output}"
         )
@@ -195,7 +216,7 @@ class Study:
         sys.stdout.flush()
         for run in self.runs:
             if run not in waiting:
-                self.progress.note(results.read_row(run, self.folder(run), self.arguments.metric))
+                self.progress.note(self.row(run))
         try:
             for number, run in enumerate(waiting):
                 self.run_one(

@@ -241,6 +241,10 @@ class TrainingLoop:
                 tagged[f"LocalLR/{name}"] = figures["local_lr"]
                 tagged[f"WeightNorm/{name}"] = figures["weight_norm"]
                 tagged[f"DirectionNorm/{name}"] = figures["direction_norm"]
+            over_layers = {
+                f"Layers/{key}": [f[key] for f in taken.layers.values()] for key in ("trust_ratio", "local_lr")
+            }
+            self.reporter.histograms(over_layers, self.stage.first_sample + num_samples)
         self.reporter.scalars(tagged, self.stage.first_sample + num_samples)
 
     def _layers(self, step: int) -> dict[str, dict[str, float]] | None:

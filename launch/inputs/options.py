@@ -37,9 +37,9 @@ def image_shape(name: str, value: Any) -> None:
 
 
 DEFAULTS: dict[str, dict[str, tuple[Any, Callable[[str, Any], None]]]] = {
-    "digits": {"normalize": (True, boolean)},
-    "mnist": {"normalize": (True, boolean)},
-    "cifar10": {"normalize": (True, boolean)},
+    "digits": {"normalize": (True, boolean), "held_out": (0, whole(0))},
+    "mnist": {"normalize": (True, boolean), "held_out": (0, whole(0))},
+    "cifar10": {"normalize": (True, boolean), "held_out": (0, whole(0))},
     "imagenet": {
         "image_size": (224, whole(1)),
         "resize_size": ("auto", whole(1, or_auto=True)),
@@ -57,6 +57,7 @@ DEFAULTS: dict[str, dict[str, tuple[Any, Callable[[str, Any], None]]]] = {
 """Data set -> option -> (default, check).
 
 - normalize: to mean 0 and standard deviation 1 over the training set, channel by channel; false: inputs are 0 to 1.
+- held_out: so many training images, the last, take the place of the test set: for choosing settings without having seen it.
 - image_size: height and width of the inputs. resize_size: of the shorter side before a crop to that; "auto": 8/7 of it, 256
   for 224.
 - workers: processes a rank that read and decode; "auto": the cores that a rank has, at most 16; 0: the trainer itself.

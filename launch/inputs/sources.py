@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from largebatch.launch.inputs.data_set import DataSet
+from largebatch.config import reject
+from largebatch.launch.inputs.data_set import DataSet, Images
 from largebatch.launch.inputs.image_folder import load_image_folder
-from largebatch.launch.inputs.in_memory import load_cifar10, load_digits, load_mnist
+from largebatch.launch.inputs.in_memory import load_cifar10, load_digits, load_mnist, with_statistics
 from largebatch.launch.inputs.options import filled_options
 from largebatch.launch.inputs.synthetic import load_synthetic
 
@@ -39,11 +40,28 @@ def load_data(name: str, folder: str | None, options: dict[str, Any] | None = No
         raise ValueError(f"--data is missing; {name} needs {NEEDED_FOLDER[name]}")
     if name in IN_MEMORY:
         data = IN_MEMORY[name](folder)
+        if filled["held_out"]:
+            data = with_held_out(data, filled["held_out"])
         return data if filled["normalize"] else unnormalised(data)
     if name == "synthetic":
         return load_synthetic(**filled)
     assert name == "imagenet"
     return load_image_folder(folder, filled["image_size"])
+
+
+def with_held_out(data: DataSet, num_held_out: int) -> DataSet:
+    """The data set without its test set: the last training images are evaluated on, and not trained on.
+
+    Raises:
+        ValueError: nothing would be left to train on.
+    """
+    assert isinstance(data.train, Images)
+    num_left = len(data.train) - num_held_out
+    if num_left < 1:
+        reject("largebatch.data_options.held_out", num_held_out, f"an integer < {len(data.train)}, the training images")
+    parts = [Images(data.train.pixels[s], data.train.labels[s]) for s in (slice(num_left), slice(num_left, None))]
+    name = f"{data.name} (evaluated on {num_held_out} held-out training images)"
+    return dataclasses.replace(with_statistics(name, *parts), num_classes=data.num_classes)
 
 
 def unnormalised(data: DataSet) -> DataSet:

@@ -80,8 +80,11 @@ def plot_value_against_batch(rows: list[Row], path: str) -> str:
     return save(figure, path)
 
 
-def plot_value_against_steps(rows: list[Row], study_folder: str, path: str) -> str:
-    """A panel per batch, a line per run, a colour per optimizer."""
+def plot_value_against_steps(rows: list[Row], study_folder: str, path: str) -> str | None:
+    """A panel per batch, a line per run, a colour per optimizer; of the runs whose folders are there, None for none."""
+    rows = [row for row in rows if has_events(study_folder, row)]
+    if not rows:
+        return None
     plt = pyplot()
     batches = sorted({row.batch for row in rows})
     optimizers = list(dict.fromkeys(row.optimizer for row in rows))
@@ -130,14 +133,22 @@ def plot_layers(folder: str, path: str) -> str | None:
     return save(figure, path)
 
 
+def has_events(study_folder: str, row: Row) -> bool:
+    return os.path.exists(os.path.join(study_folder, row.folder, "metrics.jsonl"))
+
+
 def draw_all(rows: list[Row], study_folder: str) -> list[str]:
-    """The paths of the pictures: two of the whole study, one of the layers for each optimizer at its largest batch."""
-    paths = [
+    """The paths of the pictures: two of the whole study, one of the layers for each optimizer at its largest batch.
+
+    Runs that are known from a CSV alone are in the first.
+    """
+    paths: list[str | None] = [
         plot_value_against_batch(rows, os.path.join(study_folder, "value_by_batch.png")),
         plot_value_against_steps(rows, study_folder, os.path.join(study_folder, "value_by_step.png")),
     ]
-    for optimizer in dict.fromkeys(row.optimizer for row in rows):
-        row = max((r for r in rows if r.optimizer == optimizer), key=lambda r: (r.batch, -r.seed))
+    here = [row for row in rows if has_events(study_folder, row)]
+    for optimizer in dict.fromkeys(row.optimizer for row in here):
+        row = max((r for r in here if r.optimizer == optimizer), key=lambda r: (r.batch, -r.seed))
         name = f"layers_{row.folder}.png"
         paths.append(plot_layers(os.path.join(study_folder, row.folder), os.path.join(study_folder, name)))
     return [path for path in paths if path is not None]

@@ -10,7 +10,8 @@ import statistics
 from dataclasses import astuple, dataclass, fields
 from typing import Any
 
-from largebatch.launch.recipe_section import SECTION_DEFAULTS
+from largebatch.launch.recipe_section import SECTION_DEFAULTS, stage_recipes
+from largebatch.launch.run_plan import make_plan
 from largebatch.launch.study.grid import GridRun
 
 NOT_A_SETTING = (
@@ -128,6 +129,70 @@ def write_csv(path: str, rows: list[Row]) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(field.name for field in fields(Row))
         writer.writerows(map(astuple, rows))
+
+
+def read_csv(path: str) -> list[Row]:
+    """The rows that :func:`write_csv` wrote.
+
+    Raises:
+        ValueError: the file cannot be read, or is no such table; names the line.
+    """
+    columns = {field.name: field.type for field in fields(Row)}
+    readers = {"str": str, "int": int, "float": float, "float | None": optional_float, "bool": {"True": True, "False": False}.__getitem__}  # fmt: skip
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            table = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"--finished {path!r} cannot be read: {error}") from None
+    rows = []
+    for number, line in enumerate(table, start=2):
+        try:
+            rows.append(Row(**{name: readers[str(kind)](line[name]) for name, kind in columns.items()}))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"--finished {path!r}, line {number}: {error!r}; expected the columns {', '.join(columns)}, as in the "
+                "runs.csv of a study"
+            ) from None
+    return rows
+
+
+def optional_float(text: str) -> float | None:
+    return None if text == "" else float(text)
+
+
+def finished_row(run: GridRun, recipe: dict[str, Any], rows: list[Row], metric: str | None) -> Row | None:
+    """The row of a run among those of an earlier study; None if there is none.
+
+    Args:
+        recipe: of the run, with what the command line changes.
+        metric: as for :func:`read_row`.
+
+    Raises:
+        ValueError: the row is of another recipe, learning rate, length or metric.
+    """
+    section = recipe["largebatch"]
+    identity = (section["model"], section["data"], run.cell.optimizer, run.cell.batch, run.seed)
+    row = next((r for r in rows if (r.model, r.data, r.optimizer, r.batch, r.seed) == identity), None)
+    if row is None:
+        return None
+    num_samples = round(row.steps * row.batch / row.epochs)
+    plans = [
+        make_plan(stage, num_samples=num_samples, world_size=row.ranks, output="") for stage in stage_recipes(recipe)
+    ]
+    wanted = {
+        "recipe": run.cell.origin,
+        "lr": plans[0].config["optimizer"]["params"].get("lr"),
+        "steps": sum(plan.num_steps for plan in plans),
+        "metric": metric or row.metric,
+    }
+    found = [
+        f"{name} {getattr(row, name)!r}, not {value!r}" for name, value in wanted.items() if getattr(row, name) != value
+    ]
+    if found:
+        raise ValueError(
+            f"--finished has a row {row.folder} with {'; '.join(found)}; remove the row, or leave --finished out"
+        )
+    return row
 
 
 def by_cell(rows: list[Row]) -> dict[tuple[str, int], list[Row]]:

@@ -1,5 +1,6 @@
 """The trainer through the real deepspeed launcher with two CPU ranks."""
 
+import math
 import os
 import pathlib
 import signal
@@ -92,6 +93,13 @@ def test_tensorboard_holds_the_trust_ratios(accumulated):
         "DirectionNorm/1.weight",
     } <= tags
     assert [s.step for s in log.Scalars("Train/loss")] == [480 * i for i in range(1, 9)]
+    for key in ("trust_ratio", "local_lr"):
+        last = log.Histograms(f"Layers/{key}_log10")[-1]
+        layers = launching.events(accumulated[0], "layers")[-1]["layers"]
+        logarithms = [math.log10(figures[key]) for figures in layers.values()]
+        assert last.step == 480 * 8 and last.histogram_value.num == len(layers) == 8
+        assert last.histogram_value.sum == pytest.approx(sum(logarithms))
+        assert (last.histogram_value.min, last.histogram_value.max) == pytest.approx((min(logarithms), max(logarithms)))
 
 
 def test_ctrl_c_saves_and_resume_continues_with_the_same_numbers(tmp_path):

@@ -246,8 +246,30 @@ def test_check_model_builds_nothing(monkeypatch):
     check_model("torchvision:vit_b_16", {"dropout": 0.1, "image_size": 224})
 
 
-def test_local_response_norm_is_torchs_and_has_bf16():
-    hidden = torch.randn(2, 7, 5, 4).contiguous(memory_format=torch.channels_last)
-    ours, theirs = (cls(5, alpha=0.5, beta=0.75, k=1.0) for cls in (LocalResponseNorm, torch.nn.LocalResponseNorm))
-    torch.testing.assert_close(ours(hidden), theirs(hidden), rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(ours(hidden.bfloat16()).float(), theirs(hidden), rtol=3e-2, atol=1e-2)
+@pytest.mark.parametrize("size, beta", [(5, 0.75), (4, 0.75), (3, 0.5), (9, 1.0), (1, 0.75)])
+def test_local_response_norm_is_torchs(size, beta):
+    """Values and gradients in fp64, windows that are even or reach over both borders, both memory formats."""
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        results = []
+        for cls in (LocalResponseNorm, nn.LocalResponseNorm):
+            torch.manual_seed(0)
+            hidden = torch.randn(2, 7, 5, 4, dtype=torch.float64).contiguous(memory_format=memory_format)
+            hidden.requires_grad_(True)
+            normalised = cls(size, alpha=0.5, beta=beta, k=1.5)(hidden)
+            normalised.backward(torch.randn(2, 7, 5, 4, dtype=torch.float64))
+            results.append((normalised, hidden.grad))
+        torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+        assert results[0][0].is_contiguous(memory_format=memory_format)
+
+
+def test_local_response_norm_in_bf16_is_rounded_once():
+    hidden, weights = (torch.randn(2, 7, 5, 4).bfloat16() for _ in range(2))
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        x = hidden.to(dtype).requires_grad_(True)
+        y = LocalResponseNorm(5, alpha=0.5, beta=0.75, k=1.0)(x)
+        y.backward(weights.to(dtype))
+        results.append((y, x.grad))
+    for ours, exact in zip(*results, strict=True):
+        assert ours.dtype == torch.bfloat16
+        torch.testing.assert_close(ours.float(), exact, rtol=2**-8, atol=0)

@@ -99,6 +99,20 @@ def test_inputs_may_be_left_unnormalised():
         check_data_options("digits", {"normalize": 0})
 
 
+def test_settings_are_chosen_on_held_out_training_images():
+    whole, data = load_data("digits", None), load_data("digits", None, {"held_out": 400})
+    assert (len(data.train), len(data.test), data.num_classes) == (1037, 400, 10)
+    pixels = torch.cat([data.train.pixels, data.test.pixels])
+    assert torch.equal(pixels, whole.train.pixels), "the test set is not seen, and no training image is lost"
+    assert torch.equal(data.test.labels, whole.train.labels[1037:])
+    assert abs(data.inputs(data.train.pixels, torch.float32).mean()) < 1e-4, "statistics of what is trained on"
+    assert "400 held-out" in data.name
+    with pytest.raises(ValueError, match="largebatch.data_options.held_out is 1437; expected an integer < 1437"):
+        load_data("digits", None, {"held_out": 1437})
+    with pytest.raises(ValueError, match="largebatch.data_options.held_out is -1; expected an integer >= 0"):
+        check_data_options("digits", {"held_out": -1})
+
+
 def test_mnist(mnist_folder):
     data = load_data("mnist", mnist_folder)
     assert (len(data.train), len(data.test), data.image_shape) == (60000, 10000, (1, 28, 28))

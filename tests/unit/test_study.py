@@ -17,6 +17,7 @@ from largebatch.launch.run_plan import make_plan
 from largebatch.launch.study import grid, plots, results, runner
 
 RECIPES = pathlib.Path(largebatch.ds_configs.__file__).parent
+PUBLISHED = pathlib.Path(__file__).parents[2] / "docs" / "results" / "mnist" / "runs.csv"
 GRID = ("--model", "lenet", "--data", "mnist", "--batches", "1024,60000", "--optimizers", "sgd,lamb", "--seeds", "2")
 
 
@@ -267,6 +268,58 @@ def test_overrides_reach_the_recipes(trained, tmp_path):
     config = results.events_of(str(tmp_path / "sgd_60k_seed2"))[0]["config"]
     assert config["largebatch"]["epochs"] == 0.5 and config["largebatch"]["steps"] is None
     assert config["largebatch"]["seed"] == 2 and config["gradient_clipping"] == 1.5
+
+
+def test_finished_runs_from_a_csv(trained, tmp_path, capsys):
+    """The folders of an earlier study are gone, its table is there: only what it lacks is trained."""
+    whole = results.read_csv(str(PUBLISHED))
+    results.write_csv(str(tmp_path / "again.csv"), whole)
+    assert (tmp_path / "again.csv").read_bytes() == PUBLISHED.read_bytes()
+    earlier = [row for row in whole if row.folder in ALL[:3]]
+    results.write_csv(str(tmp_path / "earlier.csv"), earlier)
+    options = ("--finished", str(tmp_path / "earlier.csv"))
+    assert study(tmp_path / "now", *options) == 0
+    assert [name for name, _ in trained.calls] == ALL[3:]
+    assert "8 runs, 3 of them finished before" in capsys.readouterr().out
+    assert [row["folder"] for row in rows_of(tmp_path / "now")] == ALL
+    assert results.read_csv(str(tmp_path / "now" / "runs.csv"))[:3] == earlier
+    assert (tmp_path / "now" / "value_by_batch.png").exists() and (tmp_path / "now" / "value_by_step.png").exists()
+    assert (tmp_path / "now" / "layers_sgd_60k_seed2.png").exists(), "seed 1 has no folder"
+    assert study(tmp_path / "now", "--no-plots", *options) == 0 and len(trained.calls) == 5
+
+
+@pytest.mark.parametrize(
+    "column, value, message",
+    [
+        ("lr", "0.07", "--finished has a row sgd_1k_seed1 with lr 0.07, not 0.08; remove the row"),
+        ("steps", "236", "with steps 236, not 235"),
+        ("recipe", "mine", "with recipe 'mine', not 'lenet_mnist_sgd_1k'"),
+        ("metric", "top5", "with metric 'top5', not 'top1'"),
+        ("batch", "many", "line 2: ValueError"),
+        ("batch", None, "line 2: KeyError('batch'); expected the columns model, data,"),
+    ],
+)
+def test_finished_runs_of_another_setting_are_refused(trained, tmp_path, capsys, column, value, message):
+    row = {"model": "lenet", "data": "mnist", "optimizer": "sgd", "batch": 1024, "seed": 1, "lr": 0.08, "steps": 235,
+           "epochs": 4.01067, "metric": "top1", "value": 0.98, "final_loss": 0.1, "is_diverged": False,
+           "samples_per_second": 1.0, "ranks": 2, "recipe": "lenet_mnist_sgd_1k", "folder": "sgd_1k_seed1"}  # fmt: skip
+    row[column] = value
+    if value is None:
+        del row[column]
+    with open(tmp_path / "earlier.csv", "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(row))
+        writer.writeheader()
+        writer.writerow(row)
+    options = ["--finished", str(tmp_path / "earlier.csv"), "--metric", "top1", "--no-plots"]
+    assert study(tmp_path, *options) == 2
+    assert message in capsys.readouterr().err and not trained.calls
+
+
+def test_a_csv_does_not_tell_what_was_set(trained, tmp_path, capsys):
+    assert study(tmp_path, "--finished", "none.csv", "--set", "gradient_clipping=1") == 2
+    assert "--finished and --set 'gradient_clipping=1' are both given" in capsys.readouterr().err
+    assert study(tmp_path, "--finished", str(tmp_path / "none.csv")) == 2
+    assert "none.csv' cannot be read" in capsys.readouterr().err
 
 
 def test_two_studies_cannot_share_a_folder(trained, tmp_path, capsys):
