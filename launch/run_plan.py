@@ -144,9 +144,11 @@ def has_span(section: dict[str, Any], micro_batch: int, world_size: int) -> bool
 
 
 def micro_batch_for(recipe: dict[str, Any], world_size: int) -> int:
-    """The micro-batch of a checked recipe. For "auto" the largest candidate up to 256, or else the smallest of all.
+    """The micro-batch of a checked recipe.
 
-    On a GPU train.py has put the largest that fits in the place of "auto" by then (micro_batch.py).
+    For "auto" the span of batch normalisation, if that is a candidate up to 256: torch's own kernels take it. Else the
+    largest candidate up to 256, or the smallest of all. On a GPU train.py has put the largest that fits in the place of
+    "auto" by then (micro_batch.py).
 
     Raises:
         ValueError: the global batch cannot be made of it; names the nearest batches that can.
@@ -155,6 +157,8 @@ def micro_batch_for(recipe: dict[str, Any], world_size: int) -> int:
     micro = recipe.get("train_micro_batch_size_per_gpu", "auto")
     if micro == "auto":
         candidates = micro_batch_candidates(recipe, world_size)
+        if (span := section["batch_norm"].get("span")) in candidates and span <= LARGEST_AUTOMATIC_MICRO_BATCH:
+            return span
         return max((d for d in candidates if d <= LARGEST_AUTOMATIC_MICRO_BATCH), default=candidates[0])
     if not isinstance(micro, int) or isinstance(micro, bool) or micro < 1:
         raise ValueError(f'train_micro_batch_size_per_gpu is {micro!r}; expected an integer >= 1 or "auto"')

@@ -263,10 +263,11 @@ def test_local_response_norm_is_torchs(size, beta):
 
 
 def test_local_response_norm_in_bf16_is_rounded_once():
+    torch.manual_seed(0)
     hidden, weights = (torch.randn(2, 7, 5, 4).bfloat16() for _ in range(2))
     results = []
     for dtype in (torch.bfloat16, torch.float32):
-        x = hidden.to(dtype).requires_grad_(True)
+        x = hidden.to(dtype, copy=True).requires_grad_(True)
         y = LocalResponseNorm(5, alpha=0.5, beta=0.75, k=1.0)(x)
         y.backward(weights.to(dtype))
         results.append((y, x.grad))

@@ -286,3 +286,12 @@ def test_micro_batch_auto_is_the_largest_divisor_up_to_256():
     recipe = with_entries('train_micro_batch_size_per_gpu="auto"', "train_batch_size=60000")
     plan = make_plan(recipe, num_samples=60000, world_size=2, output="out")
     assert (plan.micro_batch, plan.accumulation_steps) == (250, 120)
+
+
+def test_micro_batch_auto_is_the_span_of_batch_normalisation_where_it_can_be():
+    """A ghost batch costs more than torch's own kernels over the whole micro-batch."""
+    for span, micro_batch in ((128, 128), (64, 64), (512, 256), (1024, 512), ("micro_batch", 256)):
+        recipe = read_recipe("resnet50_imagenet_lars_32k_mlperf")
+        recipe["largebatch"]["batch_norm"]["span"] = span
+        plan = make_plan(recipe, num_samples=1000, world_size=2, output="out")
+        assert plan.micro_batch == micro_batch, span

@@ -292,7 +292,7 @@ def test_finished_runs_from_a_csv(trained, tmp_path, capsys):
     "column, value, message",
     [
         ("lr", "0.07", "--finished has a row sgd_1k_seed1 with lr 0.07, not 0.08; remove the row"),
-        ("steps", "236", "with steps 236, not 235"),
+        ("epochs", "2.00533", "with steps 235, not 469"),
         ("recipe", "mine", "with recipe 'mine', not 'lenet_mnist_sgd_1k'"),
         ("metric", "top5", "with metric 'top5', not 'top1'"),
         ("batch", "many", "line 2: ValueError"),
