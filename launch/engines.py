@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from largebatch.launch.cpu_memory import keep_freed_memory
 from largebatch.launch.micro_batch import Trial, largest_that_fits
 from largebatch.launch.parameter_groups import parameter_groups
 from largebatch.launch.recipe_section import check_section
@@ -26,6 +27,7 @@ def import_deepspeed() -> Any:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(deepspeed|torch)\..*")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(
                 max(

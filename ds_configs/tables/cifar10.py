@@ -74,7 +74,42 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 
 
+NARROW_BATCHES = (512, 2 * K, 8 * K, 32 * K)
+NARROW_LR_AT_512 = {"SGD": 0.4, "LAMB": 10 / 512, "LARS": 4.0, "AdamW": 0.012}
+NARROW_EPOCHS = 3
+"""For a machine without a GPU: an eighth of the width and of the length. How the rates were chosen: docs/results/cifar10.md."""
+
+
+def narrow_recipes() -> Iterator[tuple[str, dict[str, Any]]]:
+    for optimizer, lr_at_512 in NARROW_LR_AT_512.items():
+        row = ROWS[optimizer]
+        rule, _ = row["lr_at_512"]
+        for batch in NARROW_BATCHES:
+            yield (
+                f"davidnet_cifar10_{optimizer.lower()}_{batch_name(batch)}_narrow",
+                recipe(
+                    model="davidnet",
+                    model_options={"width": 8},
+                    data="cifar10",
+                    augmentation="davidnet",
+                    batch_norm={"span": 512},
+                    **{key: row[key] for key in ("no_weight_decay",) if key in row},
+                    batch=batch,
+                    epochs=NARROW_EPOCHS,
+                    lr_scaling=scaled(rule, lr_at_512, 512),
+                    optimizer=optimizer,
+                    params={"lr": "auto", **row["params"]},
+                    scheduler=poly(row["warmup_epochs"] * NARROW_EPOCHS / 24, power=1),
+                    source=f"the recipe of width 64 and 24 epochs, narrow and short; results in docs/results/cifar10.md; {rule} rule "
+                    "from 512",
+                    expected=None,
+                    hardware="two CPU cores",
+                ),
+            )
+
+
 def recipes() -> Iterator[tuple[str, dict[str, Any]]]:
+    yield from narrow_recipes()
     for optimizer, row in ROWS.items():
         rule, lr_at_512 = row["lr_at_512"]
         for batch in row.get("batches", BATCHES):

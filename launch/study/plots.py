@@ -40,9 +40,15 @@ def pyplot() -> Any:
 
 
 def save(figure: Any, path: str) -> str:
+    """Writes a PNG with a palette, a third of the size of one without."""
+    from PIL import Image  # comes with matplotlib
+
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     pyplot().close(figure)
+    with Image.open(path) as image:
+        small = image.convert("RGB").quantize(128)
+    small.save(path, optimize=True)
     return path
 
 

@@ -31,7 +31,7 @@ SHAPES = {
     "mnist": ((1, 28, 28), 10),
     "digits": ((1, 8, 8), 10),
 }
-SUFFIXES = ("_minaug", "_maxaug", "_mlperf", "_nus", "_author", "_small")
+SUFFIXES = ("_minaug", "_maxaug", "_mlperf", "_nus", "_author", "_small", "_narrow")
 WORLD_SIZE = 2
 
 
