@@ -25,7 +25,8 @@ from harness import interleaved
 from largebatch.launch import train
 from largebatch.launch.arguments import parse_arguments
 from largebatch.launch.ports import free_port
-from largebatch.launch.training_loop import Speed, TrainingLoop
+from largebatch.launch.step_reports import Speed
+from largebatch.launch.training_loop import TrainingLoop
 
 
 def recipe(arguments: argparse.Namespace) -> dict:

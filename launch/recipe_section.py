@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from largebatch.config import NON_NEGATIVE, POSITIVE, is_number, nearest_hint, number, one_of, reject
+from largebatch.config import NON_NEGATIVE, POSITIVE, boolean, is_number, nearest_hint, number, one_of, reject
 from largebatch.launch.inputs.options import AUGMENTATIONS, DATA_SETS, check_data_options
 from largebatch.models.registry import check_model
 
@@ -40,12 +40,22 @@ SECTION_DEFAULTS: dict[str, Any] = {
     "lr_scaling": None,
     "evaluate_every_epochs": 1,
     "save_every_epochs": None,
+    "save_in_background": False,
+    "keep_last": None,
+    "keep_best": None,
+    "collective_timeout_seconds": None,
     "layer_stats_every_steps": "auto",
     "source": None,
     "expected": None,
     "hardware": None,
 }
 """Keys of the section."""
+
+FIGURES = {
+    "images": ("top1", "top5", "test_loss"),
+    "text": ("mlm_accuracy", "nsp_accuracy", "mlm_loss", "nsp_loss", "test_loss"),
+}
+"""Of an evaluation, by kind of data."""
 
 EXPECTED_KEYS = ("metric", "value", "band", "is_approximate")
 
@@ -73,6 +83,7 @@ def check_section(recipe: dict[str, Any]) -> dict[str, Any]:
     check_length(section)
     for key in ("evaluate_every_epochs", "save_every_epochs"):
         number("a number > 0", lambda x: x > 0, or_none=key == "save_every_epochs")(f"largebatch.{key}", section[key])
+    check_saving(section)
     POSITIVE("largebatch.schedule_stretch", section["schedule_stretch"])
     if not isinstance(section["seed"], int) or isinstance(section["seed"], bool) or section["seed"] < 0:
         reject("largebatch.seed", section["seed"], "an integer >= 0")
@@ -95,6 +106,20 @@ def check_length(section: dict[str, Any]) -> None:
         raise ValueError("largebatch needs either epochs or steps, the length of training; it has both")
     if section["epochs"] is None and section["steps"] is None and section["stages"] is None:
         raise ValueError("largebatch needs either epochs or steps, the length of training")
+
+
+def check_saving(section: dict[str, Any]) -> None:
+    """How checkpoints are written and which are kept; how long ranks wait for one another."""
+    boolean("largebatch.save_in_background", section["save_in_background"])
+    last = section["keep_last"]
+    if last is not None and (not isinstance(last, int) or isinstance(last, bool) or last < 1):
+        reject("largebatch.keep_last", last, "null (all are kept) or an integer >= 1")
+    one_of(None, *FIGURES["text" if section["data"] == "text" else "images"])(
+        "largebatch.keep_best", section["keep_best"]
+    )
+    number("null or a number > 0", lambda x: x > 0, or_none=True)(
+        "largebatch.collective_timeout_seconds", section["collective_timeout_seconds"]
+    )
 
 
 def check_inputs(section: dict[str, Any]) -> None:

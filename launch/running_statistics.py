@@ -46,11 +46,10 @@ def file_name(rank: int) -> str:
     return f"running_statistics_rank{rank}_of_{dist.get_world_size()}.pt"
 
 
-def save_own(model: nn.Module, folder: str, rank: int) -> None:
-    """Writes this rank's beside a checkpoint; nothing without batch normalisation or in a world of one."""
-    own = statistics_of(model)
-    if own and dist.get_world_size() > 1:
-        torch.save([buffer.cpu() for buffer in own], os.path.join(folder, file_name(rank)))
+def own_state(model: nn.Module, rank: int) -> tuple[str, list[Tensor]]:
+    """(file name, this rank's) for a checkpoint; empty without batch normalisation or in a world of one."""
+    own = statistics_of(model) if dist.get_world_size() > 1 else []
+    return file_name(rank), [buffer.cpu() for buffer in own]
 
 
 def load_own(model: nn.Module, folder: str, rank: int) -> None:

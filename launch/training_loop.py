@@ -3,43 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import signal
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from largebatch.launch.checkpoints import saving
+from largebatch.launch.checkpoints.saver import Saver
+from largebatch.launch.interruption import Interruption
 from largebatch.launch.reporting import Reporter
 from largebatch.launch.run_plan import Stage
 from largebatch.launch.running_statistics import averaged_over_ranks
+from largebatch.launch.slow_ranks import OwnTime, SlowRanks
+from largebatch.launch.step_reports import Speed, TakenStep, report_step, speed_name
 from largebatch.launch.task import Task
+from largebatch.models.batch_norm import GLOBAL
 from largebatch.optim.layerwise import LayerwiseOptimizer
 
 SECONDS_BETWEEN_POLLS = 2.0
-
-
-class Interruption:
-    """Ctrl-C and SIGTERM ask for a stop; the loop asks here whether any rank was asked."""
-
-    def __init__(self):
-        self.is_requested = False
-
-    @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
-        previous = {s: signal.signal(s, self._request) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    def _request(self, number, frame) -> None:
-        self.is_requested = True
 
 
 @dataclass
@@ -51,45 +33,6 @@ class Outcome:
     figures: dict[str, float]
     samples_per_second: float
     checkpoint: str
-
-
-@dataclass
-class TakenStep:
-    """A step that was enqueued on the device, to be reported once the next one has been, too.
-
-    Attributes:
-        agreed: [4] fp64 on the device, summed over the ranks: loss, requests to stop, seconds of the step before, ranks.
-        fields: of its line in the metrics file, known at once. layers: of its layers, or None.
-    """
-
-    step: int
-    agreed: Tensor
-    fields: dict[str, Any]
-    layers: dict[str, dict[str, float]] | None
-
-
-@dataclass
-class Speed:
-    """Samples trained and seconds spent on them, evaluations and checkpoints aside."""
-
-    seconds: float = 0.0
-    samples: int = 0
-    last: float = field(default_factory=time.perf_counter)
-
-    def restart(self) -> None:
-        self.last = time.perf_counter()
-
-    def count(self, num_samples: int) -> float:
-        """Seconds since the last call or restart."""
-        now = time.perf_counter()
-        seconds, self.last = now - self.last, now
-        self.seconds += seconds
-        self.samples += num_samples
-        return seconds
-
-    @property
-    def samples_per_second(self) -> float:
-        return self.samples / self.seconds if self.seconds else 0.0
 
 
 class TrainingLoop:
@@ -107,16 +50,23 @@ class TrainingLoop:
         self, engine: Any, stage: Stage, task: Task, reporter: Reporter, *, folder: str, rank: int, world_size: int
     ):
         self.engine, self.stage, self.plan, self.task = engine, stage, stage.plan, task
-        self.reporter, self.folder = reporter, folder
+        self.reporter = reporter
         self.rank, self.world_size = rank, world_size
+        self.saver = Saver(engine, folder, reporter, rank=rank, section=self.plan.section)
         self.device = engine.device
+        self.own_time, self.slow_ranks = OwnTime(self.device), SlowRanks()
         self.dtype = next(engine.module.parameters()).dtype
         self.interruption = Interruption()
         self.micro_steps_between_polls = 1
         self.taken: TakenStep | None = None
         self.is_stopping = False
         self.last_step_seconds = 0.0
+        self.last_reported_step: int | None = None
         self.num_unreadable = 0
+        span = self.plan.section["batch_norm"].get("span")
+        is_spanning = span == GLOBAL or (isinstance(span, int) and span > self.plan.micro_batch)
+        self.is_forward_own = engine.zero_optimization_stage() < 3 and not is_spanning
+        """Whether the forward pass waits for no other rank."""
 
     def run(self, first_step: int) -> Outcome:
         """Trains from step ``first_step`` of this stage to its end, evaluating and saving on the way."""
@@ -132,18 +82,21 @@ class TrainingLoop:
                     break
                 step += 1
                 is_last = step == plan.num_steps
-                if is_last or crosses(step, section["evaluate_every_epochs"] * steps_per_epoch):
+                is_evaluated = is_last or crosses(step, section["evaluate_every_epochs"] * steps_per_epoch)
+                if is_evaluated:
                     figures = self._evaluate(step)
-                if not is_last and crosses(step, (section["save_every_epochs"] or float("inf")) * steps_per_epoch):
-                    self._save_on_the_way(step)
+                if not is_last:
+                    is_due = crosses(step, (section["save_every_epochs"] or float("inf")) * steps_per_epoch)
+                    self._save_on_the_way(step, figures if is_evaluated else {}, is_due=is_due)
             self._report_taken()
             if step < plan.num_steps:
-                checkpoint = self._save(step)
+                checkpoint = self._save_at_end(step, {})
                 self.reporter.event("interrupted", step=self._total(step), checkpoint=checkpoint)
                 return Outcome(self._total(step), False, figures, self.speed.samples_per_second, checkpoint)
             if not figures:
                 figures = self._evaluate(step)
-            return Outcome(self._total(step), True, figures, self.speed.samples_per_second, self._save(step))
+            checkpoint = self._save_at_end(step, figures)
+            return Outcome(self._total(step), True, figures, self.speed.samples_per_second, checkpoint)
 
     def _batches(self, first_step: int) -> Iterator[Any]:
         return self.task.micro_batches(
@@ -175,12 +128,16 @@ class TrainingLoop:
                 for buffer, before in buffers:
                     buffer.copy_(before)
                 return False
-            loss = self.task.loss(engine, next(batches), dtype=self.dtype)
+            with self.own_time.reading():
+                batch = next(batches)
+            with self.own_time.computing() if self.is_forward_own else contextlib.nullcontext():
+                loss = self.task.loss(engine, batch, dtype=self.dtype)
             engine.backward(loss)
             engine.step()
             loss_sum += loss.detach()
             self.reporter.advance(plan.micro_batch * self.world_size)
-        mine = [float(self.interruption.is_requested), self.last_step_seconds, 1.0]
+        mine = [float(self.interruption.is_requested), self.last_step_seconds] + [0.0] * self.world_size
+        mine[2 + self.rank] = self.own_time.take()
         agreed = torch.cat(
             [loss_sum.view(1) / plan.accumulation_steps, torch.tensor(mine, dtype=torch.float64).to(self.device)]
         )
@@ -214,38 +171,29 @@ class TrainingLoop:
         if self.taken is None:
             return
         taken, self.taken = self.taken, None
-        loss, num_requests, seconds, num_ranks = taken.agreed.tolist()
-        loss /= num_ranks
+        loss, num_requests, seconds, *own = taken.agreed.tolist()
+        loss, seconds = loss / self.world_size, seconds / self.world_size
         self.is_stopping = num_requests > 0
         if seconds:  # the mean over the ranks, so the same on all
-            seconds_per_micro_step = seconds / num_ranks / self.plan.accumulation_steps
+            slow = self.slow_ranks.add(own, seconds)
+            if slow:
+                self.reporter.say(slow)
+                self.reporter.event("slow_rank", step=self._total(taken.step), reason=slow)
+            seconds_per_micro_step = seconds / self.plan.accumulation_steps
             self.micro_steps_between_polls = max(1, int(SECONDS_BETWEEN_POLLS / seconds_per_micro_step))
         self.last_step_seconds = self.speed.count(self.plan.global_batch)
-        speed = {speed_name(self.task): self.plan.global_batch / self.last_step_seconds}
         num_samples = taken.step * self.plan.global_batch
-        step = self._total(taken.step)
-        self.reporter.status(
-            loss=f"{loss:.4f}", lr=f"{taken.fields['lr']:.4g}", step=f"{step}/{self.stage.total_steps}"
+        self.last_reported_step = self._total(taken.step)
+        report_step(
+            self.reporter,
+            taken,
+            loss=loss,
+            step=self.last_reported_step,
+            total_steps=self.stage.total_steps,
+            epoch=num_samples / self.task.num_samples,
+            num_samples=self.stage.first_sample + num_samples,
+            speed={speed_name(self.task): self.plan.global_batch / self.last_step_seconds},
         )
-        self.reporter.event(
-            "step", step=step, epoch=num_samples / self.task.num_samples, loss=loss, **taken.fields, **speed
-        )
-        scalars = {"loss": loss, "lr": taken.fields["lr"], **speed}
-        if "loss_scale" in taken.fields:
-            scalars["loss_scale"] = taken.fields["loss_scale"]
-        tagged = {f"Train/{name}": value for name, value in scalars.items()}
-        if taken.layers is not None:
-            self.reporter.event("layers", step=step, layers=taken.layers)
-            for name, figures in taken.layers.items():
-                tagged[f"TrustRatio/{name}"] = figures["trust_ratio"]
-                tagged[f"LocalLR/{name}"] = figures["local_lr"]
-                tagged[f"WeightNorm/{name}"] = figures["weight_norm"]
-                tagged[f"DirectionNorm/{name}"] = figures["direction_norm"]
-            over_layers = {
-                f"Layers/{key}": [f[key] for f in taken.layers.values()] for key in ("trust_ratio", "local_lr")
-            }
-            self.reporter.histograms(over_layers, self.stage.first_sample + num_samples)
-        self.reporter.scalars(tagged, self.stage.first_sample + num_samples)
 
     def _layers(self, step: int) -> dict[str, dict[str, float]] | None:
         """Norms and ratios of the layers where this step is one whose are wanted."""
@@ -287,24 +235,24 @@ class TrainingLoop:
         self.reporter.say(f"{len(merged)} files could not be read so far; metrics.jsonl names them")
         self.reporter.event("unreadable", step=self._total(step), count=len(merged), files=merged)
 
-    def _save_on_the_way(self, step: int) -> None:
-        """A checkpoint that cannot be written is told of, and training goes on: the ones before are there."""
-        try:
-            self._save(step)
-        except saving.CheckpointNotWrittenError as error:
-            self.reporter.say(f"warning: {error}")
-            self.reporter.event("checkpoint_failed", step=self._total(step), reason=str(error))
+    def _save_on_the_way(self, step: int, figures: dict[str, float], *, is_due: bool) -> None:
+        """A checkpoint where one is due, or where an evaluation was the best so far.
+
+        Args:
+            figures: of the evaluation after this step; empty without one.
+        """
+        self.saver.poll()
+        if is_due or (figures and self.saver.is_best(self._total(step), figures)):
+            self._report_taken()
+            self.saver.on_the_way(self._total(step), figures)
             self.speed.restart()
 
-    def _save(self, step: int) -> str:
+    def _save_at_end(self, step: int, figures: dict[str, float]) -> str:
         self._report_taken()
-        checkpoint = saving.save(self.engine, self.folder, self._total(step), rank=self.rank)
+        checkpoint = self.saver.at_end(self._total(step), figures)
+        self.saver.close()
         self.speed.restart()
         return checkpoint
-
-
-def speed_name(task: Task) -> str:
-    return "images_per_second" if task.sample_name == "images" else "samples_per_second"
 
 
 def crosses(step: int, interval: float) -> bool:

@@ -100,21 +100,42 @@ def faults(checkpoint: str, part: int = 0, num_parts: int = 1) -> list[str]:
 
 def finish(partial: str, final: str) -> None:
     """Gives a checkpoint whose files and manifest are on the disk its name."""
-    sync(partial)
+    for folder, _, _ in os.walk(partial, topdown=False):
+        sync(folder)
     os.rename(partial, final)
     sync(os.path.dirname(final))
 
 
-def point_to(folder: str, step: int) -> None:
-    """Makes ``folder/latest`` name a checkpoint, for people and for DeepSpeed's tools."""
-    write_text(os.path.join(folder, LATEST), name_of(step))
+def point_to(folder: str, step: int, pointer: str = LATEST) -> None:
+    """Makes ``folder/latest``, or another pointer, name a checkpoint, for people and for DeepSpeed's tools."""
+    write_text(os.path.join(folder, pointer), name_of(step))
     sync(folder)
 
 
+def pointed_to(folder: str, pointer: str = LATEST) -> int | None:
+    """The step that a pointer names; None where it is missing or names none."""
+    try:
+        with open(os.path.join(folder, pointer), encoding="utf-8") as file:
+            match = re.fullmatch(r"step(\d+)", file.read().strip())
+    except (OSError, UnicodeDecodeError):
+        return None
+    return int(match[1]) if match else None
+
+
+def remove(checkpoint: str) -> None:
+    """Takes a checkpoint away. First it loses its name, so that a half-removed one is never taken for a damaged one."""
+    removed = f"{checkpoint}.removed"
+    os.rename(checkpoint, removed)
+    sync(os.path.dirname(checkpoint))
+    shutil.rmtree(removed)
+
+
 def remove_unfinished(folder: str) -> None:
-    """Takes away what a killed run has left half-written."""
-    for name in os.listdir(folder) if os.path.isdir(folder) else []:
-        if re.fullmatch(r"step\d+\.partial", name):
+    """Takes away what a killed run has left half-written, half-removed or replaced."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    for name in names:
+        match = re.fullmatch(r"(step\d+)\.(partial|removed|damaged)", name)
+        if match and (match[2] != "damaged" or match[1] in names):
             shutil.rmtree(os.path.join(folder, name))
 
 

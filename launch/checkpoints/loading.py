@@ -10,6 +10,11 @@ from largebatch.launch.checkpoints.storage import gathered, storage_of
 from largebatch.launch.running_statistics import load_own
 
 
+def has_any(folder: str) -> bool:
+    """Whether any rank sees a checkpoint, whole or not."""
+    return any(gathered(bool(files.steps_in(folder))))
+
+
 def newest_whole(folder: str) -> tuple[int, list[str]]:
     """(step of the newest checkpoint that is whole on every rank, what is wrong with the newer ones).
 
@@ -18,7 +23,7 @@ def newest_whole(folder: str) -> tuple[int, list[str]]:
     Raises:
         ValueError: there is none; says what was found.
     """
-    if not any(gathered(bool(files.steps_in(folder)))):
+    if not has_any(folder):
         raise ValueError(
             f"--resume: {folder!r} holds no complete checkpoint (no folder step<N>); start without --resume"
         )

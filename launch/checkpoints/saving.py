@@ -5,29 +5,183 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 
 from largebatch.launch.checkpoints import files
-from largebatch.launch.checkpoints.storage import gathered, partial_id, storage_of
-from largebatch.launch.running_statistics import averaged_over_ranks, save_own
+from largebatch.launch.checkpoints.retention import KEEP_ALL, Retention
+from largebatch.launch.checkpoints.storage import Storage, gathered, partial_id, storage_of
+from largebatch.launch.running_statistics import averaged_over_ranks, own_state
+
+Write = Callable[[Any, str], None]
+"""(state, path): writes a file of a checkpoint, or sees to it that it will be written."""
 
 
-class CheckpointNotWrittenError(RuntimeError):
-    """Why, and on which ranks. What was there before is untouched."""
+class CheckpointError(RuntimeError):
+    """Why, and on which ranks."""
 
 
-def raise_together(step: int, errors: list[str]) -> None:
-    """Raises CheckpointNotWrittenError on all ranks if any has errors."""
-    everywhere = [f"rank {rank}: {error}" for rank, found in enumerate(gathered(errors)) for error in found]
-    if everywhere:
-        more = f" (and {len(everywhere) - 3} more)" if len(everywhere) > 3 else ""
-        raise CheckpointNotWrittenError(
-            f"the checkpoint of step {step} could not be written: {'; '.join(everywhere[:3])}{more}. Make room, or choose a "
-            "folder that can be written with --output; checkpoints written before are untouched"
+class CheckpointNotWrittenError(CheckpointError):
+    """What was there before is untouched."""
+
+
+class CheckpointNotRemovedError(CheckpointError):
+    """The new checkpoint is complete; an old one is in the way.
+
+    Attributes:
+        checkpoint: path of the new one.
+    """
+
+    checkpoint: str
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A checkpoint that is being written.
+
+    Attributes:
+        partial: the folder in which it is put together. final: the one whose name it gets.
+        figures: of the evaluation after the same step; empty without one.
+    """
+
+    folder: str
+    step: int
+    storage: Storage
+    retention: Retention
+    figures: dict[str, float]
+
+    @property
+    def final(self) -> str:
+        return os.path.join(self.folder, files.name_of(self.step))
+
+    @property
+    def partial(self) -> str:
+        return f"{self.final}.partial"
+
+
+def save(
+    engine: Any,
+    folder: str,
+    step: int,
+    *,
+    rank: int,
+    retention: Retention = KEEP_ALL,
+    figures: dict[str, float] | None = None,
+) -> str:
+    """Writes ``folder/step<N>`` on all ranks; it appears, and ``latest`` names it, only once it is complete on the disk.
+
+    Args:
+        retention: which checkpoints are kept; the others are removed once this one is complete.
+        figures: of the evaluation after this step, kept with the checkpoint.
+
+    Returns:
+        The checkpoint's path.
+
+    Raises:
+        CheckpointNotWrittenError: on all ranks, if any could not write its part. Nothing is left of the attempt.
+        CheckpointNotRemovedError: on all ranks, if it is complete, but an old one could not be removed.
+    """
+    write_file = engine.checkpoint_engine.save
+    attempt = begin(folder, step, retention, figures)
+    errors: list[str] = []
+
+    def write(state: Any, path: str) -> None:
+        with collected_errors(errors):
+            write_file(state, path)
+
+    with abandoned_on_error(attempt):
+        collect(engine, attempt, write, errors, rank=rank)
+        complete(attempt, errors)
+    return attempt.final
+
+
+def begin(folder: str, step: int, retention: Retention, figures: dict[str, float] | None) -> Attempt:
+    """Makes the folder in which a checkpoint is put together."""
+    errors: list[str] = []
+    with collected_errors(errors):
+        os.makedirs(folder, exist_ok=True)
+    raise_together(step, errors)
+    attempt = Attempt(folder, step, storage_of(os.path.abspath(folder)), retention, figures or {})
+    with collected_errors(errors):
+        if attempt.storage.is_owner:
+            files.remove_unfinished(folder)
+            os.makedirs(attempt.partial)
+    raise_together(step, errors)
+    return attempt
+
+
+def collect(engine: Any, attempt: Attempt, write: Write, errors: list[str], *, rank: int) -> None:
+    """Hands every file of a checkpoint to ``write``: DeepSpeed's, and this rank's running statistics.
+
+    Args:
+        errors: of the file system, as they come; alone, the rank would leave the others waiting. Written.
+    """
+    with averaged_over_ranks(engine.module), files_handed_to(engine, write, errors):
+        engine.save_checkpoint(
+            attempt.folder,
+            tag=os.path.basename(attempt.partial),
+            client_state={"largebatch_step": attempt.step},
+            save_latest=False,
         )
+    name, own = own_state(engine.module, rank)
+    if own:
+        write(own, os.path.join(attempt.partial, name))
+
+
+def complete(attempt: Attempt, errors: list[str], group: dist.ProcessGroup | None = None) -> None:
+    """Once all files are written: checksums, the manifest, the name, the pointers; then what need not be kept goes.
+
+    Args:
+        errors: of this rank so far.
+        group: for the agreement of the ranks; None: the one that training uses.
+
+    Raises:
+        CheckpointNotWrittenError, CheckpointNotRemovedError: on all ranks.
+    """
+    step, storage, partial = attempt.step, attempt.storage, attempt.partial
+    raise_together(step, errors, group)
+    mine: dict[str, dict[str, Any]] = {}
+    with collected_errors(errors):
+        mine = files.entries(partial, files.share_of(files.files_in(partial), storage.part, storage.num_parts))
+    raise_together(step, errors, group)
+    everywhere = gathered((partial_id(storage), mine), group)
+    with collected_errors(errors):
+        if storage.is_owner:
+            found = {k: v for owner, part in everywhere if owner == partial_id(storage) for k, v in part.items()}
+            files.write_manifest(partial, found, step=step, world_size=dist.get_world_size(), figures=attempt.figures)
+            put_in_place(partial, attempt.final)
+            files.point_to(attempt.folder, step)
+    raise_together(step, errors, group)
+    with collected_errors(errors):
+        if storage.is_owner:
+            attempt.retention.apply(attempt.folder, step)
+    said = said_by_ranks(errors, group)
+    if said:
+        error = CheckpointNotRemovedError(
+            f"the checkpoint of step {step} is complete, but one that need not be kept could not be removed: {said}"
+        )
+        error.checkpoint = attempt.final
+        raise error
+
+
+def raise_together(step: int, errors: list[str], group: dist.ProcessGroup | None = None) -> None:
+    """Raises CheckpointNotWrittenError on all ranks if any has errors."""
+    said = said_by_ranks(errors, group)
+    if said:
+        raise CheckpointNotWrittenError(
+            f"the checkpoint of step {step} could not be written: {said}. Make room, or choose a folder that can be written "
+            "with --output; checkpoints written before are untouched"
+        )
+
+
+def said_by_ranks(errors: list[str], group: dist.ProcessGroup | None) -> str:
+    """The first errors of all ranks, the same text on each; "" without."""
+    everywhere = [f"rank {rank}: {error}" for rank, found in enumerate(gathered(errors, group)) for error in found]
+    more = f" (and {len(everywhere) - 3} more)" if len(everywhere) > 3 else ""
+    return "; ".join(everywhere[:3]) + more
 
 
 @contextlib.contextmanager
@@ -35,72 +189,50 @@ def collected_errors(errors: list[str]) -> Iterator[None]:
     """Keeps an error of the file system for later, when all ranks can speak of it."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError when the disk is full
+    except (OSError, RuntimeError, MemoryError) as error:  # torch.save says RuntimeError when the disk is full
         errors.append(f"{type(error).__name__}: {error}")
 
 
 @contextlib.contextmanager
-def writes_collected(engine: Any, errors: list[str]) -> Iterator[None]:
-    """Inside, a file that the engine cannot write is an error for later: alone, the rank would leave the others waiting."""
+def abandoned_on_error(attempt: Attempt) -> Iterator[None]:
+    """Removes what there is of a checkpoint that could not be written."""
+    try:
+        yield
+    except CheckpointNotWrittenError:
+        if attempt.storage.is_owner:
+            shutil.rmtree(attempt.partial, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def files_handed_to(engine: Any, write: Write, errors: list[str]) -> Iterator[None]:
+    """Inside, the engine's files go through ``write``, and what it writes by itself raises nothing: errors are for later."""
     writer = engine.checkpoint_engine
-    write = writer.save
 
-    def save(*args: Any, **kwargs: Any) -> Any:
-        with collected_errors(errors):
-            return write(*args, **kwargs)
+    def collecting(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with collected_errors(errors):
+                return function(*args, **kwargs)
 
-    writer.save = save
+        return call
+
+    replaced = (
+        (writer, "save", lambda state_dict, path: write(state_dict, path)),
+        (writer, "makedirs", collecting(writer.makedirs)),
+        (engine, "_copy_recovery_script", collecting(engine._copy_recovery_script)),
+        (shutil, "copytree", collecting(shutil.copytree)),  # of files that were offloaded to NVMe
+    )
+    before = [(owner, name, vars(owner).get(name)) for owner, name, _ in replaced]
+    for owner, name, function in replaced:
+        setattr(owner, name, function)
     try:
         yield
     finally:
-        del writer.save
-
-
-def save(engine: Any, folder: str, step: int, *, rank: int) -> str:
-    """Writes ``folder/step<N>`` on all ranks; it appears, and ``latest`` names it, only once it is complete on the disk.
-
-    Returns:
-        The checkpoint's path.
-
-    Raises:
-        CheckpointNotWrittenError: on all ranks, if any could not write its part. Nothing is left of the attempt.
-    """
-    final, partial = (os.path.join(folder, files.name_of(step) + suffix) for suffix in ("", ".partial"))
-    errors: list[str] = []
-    with collected_errors(errors):
-        os.makedirs(folder, exist_ok=True)
-    raise_together(step, errors)
-    storage = storage_of(os.path.abspath(folder))
-    with collected_errors(errors):
-        if storage.is_owner:
-            files.remove_unfinished(folder)
-            os.makedirs(partial)
-    raise_together(step, errors)
-    try:
-        with averaged_over_ranks(engine.module), writes_collected(engine, errors):
-            engine.save_checkpoint(
-                folder, tag=os.path.basename(partial), client_state={"largebatch_step": step}, save_latest=False
-            )
-        with collected_errors(errors):
-            save_own(engine.module, partial, rank)
-        raise_together(step, errors)
-        mine: dict[str, dict[str, Any]] = {}
-        with collected_errors(errors):
-            mine = files.entries(partial, files.share_of(files.files_in(partial), storage.part, storage.num_parts))
-        raise_together(step, errors)
-        everywhere = gathered((partial_id(storage), mine))
-        with collected_errors(errors):
-            if storage.is_owner:
-                found = {k: v for owner, part in everywhere if owner == partial_id(storage) for k, v in part.items()}
-                files.write_manifest(partial, found, step=step, world_size=dist.get_world_size())
-                put_in_place(partial, final)
-                files.point_to(folder, step)
-        raise_together(step, errors)
-    except CheckpointNotWrittenError:
-        if storage.is_owner:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return final
+        for owner, name, own in before:
+            if own is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, own)
 
 
 def put_in_place(partial: str, final: str) -> None:

@@ -46,10 +46,14 @@ def storage_of(folder: str) -> Storage:
     return Storage(local_rank, local_size, local_rank == 0)
 
 
-def gathered(value: Any) -> list[Any]:
-    """[world_size] the values of all ranks."""
+def gathered(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """[world_size] the values of all ranks.
+
+    Args:
+        group: of all ranks; None: the one that training uses.
+    """
     values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 

@@ -15,7 +15,8 @@ from largebatch.launch.run_plan import make_plan
 from largebatch.launch.study.grid import GridRun
 
 NOT_A_SETTING = (
-    "source", "expected", "hardware", "layer_stats_every_steps", "evaluate_every_epochs", "save_every_epochs"
+    "source", "expected", "hardware", "layer_stats_every_steps", "evaluate_every_epochs", "save_every_epochs",
+    "save_in_background", "keep_last", "keep_best", "collective_timeout_seconds",
 )  # fmt: skip
 """Keys of the "largebatch" section that change nothing in the training."""
 

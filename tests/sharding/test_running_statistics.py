@@ -1,10 +1,12 @@
 """Running statistics of batch normalisation on several ranks: averaged for evaluations and checkpoints, each rank's own in training."""
 
+import os
+
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from largebatch.launch.running_statistics import averaged_over_ranks, load_own, save_own, statistics_of
+from largebatch.launch.running_statistics import averaged_over_ranks, load_own, own_state, statistics_of
 from support import trainer_runs
 
 
@@ -35,7 +37,8 @@ def test_inside_is_the_mean_and_afterwards_the_own(rank_pool):
 
 def save_and_load(folder):
     model = model_of_rank()
-    save_own(model, folder, dist.get_rank())
+    name, own = own_state(model, dist.get_rank())
+    torch.save(own, os.path.join(folder, name))
     dist.barrier()
     fresh = model_of_rank()
     for buffer in statistics_of(fresh):
