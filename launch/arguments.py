@@ -23,7 +23,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--data", metavar="DIR", help="folder of the data set (not needed for digits)")
     parser.add_argument("--output", metavar="DIR", help="where results go (default: runs/<recipe>_seed<seed>)")
-    parser.add_argument("--resume", action="store_true", help="continue the run in --output from its last checkpoint")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="required",
+        choices=("required", "auto"),
+        help="continue the run in --output from its newest whole checkpoint; auto: from the beginning if there is none yet",
+    )
     parser.add_argument("--seed", type=int, help="of initialisation, data order and dropout")
     parser.add_argument("--epochs", type=float, help="length of training, in passes over the data")
     parser.add_argument("--steps", type=int, help="length of training, in optimizer steps")

@@ -118,8 +118,12 @@ class Reporter:
             self.file.close()
 
 
-def discard_after(path: str, step: int) -> None:
-    """Drops the lines of the metrics file that a resumed run will write again: those of later steps."""
+def discard_after(path: str, step: int, *, is_last: bool = False) -> None:
+    """Drops the lines of the metrics file that a resumed run will write again: those of later steps.
+
+    Args:
+        is_last: of the run: its evaluation, too, is done again.
+    """
     with open(path, encoding="utf-8") as file:
         lines = file.readlines()
     kept = []
@@ -128,8 +132,11 @@ def discard_after(path: str, step: int) -> None:
             record = json.loads(line)
         except json.JSONDecodeError:  # the last line of a run that was killed while writing it
             continue
-        is_repeated = record["event"] in ("end", "interrupted") or (
-            record["event"] == "stage" and record["step"] == step
+        is_repeated = (
+            record["event"] in ("end", "interrupted")
+            or (record["event"] == "start" and not step)
+            or (record["event"] == "stage" and record["step"] == step)
+            or (record["event"] == "evaluation" and record["step"] == step and is_last)
         )
         if not is_repeated and record.get("step", 0) <= step:
             kept.append(line)

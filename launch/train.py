@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from largebatch.launch import exit_codes, lost_ranks, run_lock
 from largebatch.launch.arguments import apply_overrides, parse_arguments, read_recipe
 from largebatch.launch.checkpoints import loading, saving
 from largebatch.launch.engines import (
@@ -19,11 +21,14 @@ from largebatch.launch.engines import (
     import_deepspeed,
 )
 from largebatch.launch.inputs.image_folder import UnreadableImageError
+from largebatch.launch.launcher_watch import end_with_launcher
+from largebatch.launch.leaving import give_up, leave, refuse
 from largebatch.launch.recipe_section import check_section, stage_recipes
 from largebatch.launch.reporting import Reporter, discard_after, mean_of_last_evaluations
 from largebatch.launch.run_plan import Stage, is_micro_batch_open, make_plan, make_stages
+from largebatch.launch.step_reports import speed_name
 from largebatch.launch.task import Task, build_task
-from largebatch.launch.training_loop import Outcome, TrainingLoop, speed_name
+from largebatch.launch.training_loop import Outcome, TrainingLoop
 
 
 @dataclass
@@ -37,6 +42,7 @@ class Run:
     first_step: int
     rank: int
     world_size: int
+    timeout: datetime.timedelta
 
     @property
     def metrics(self) -> str:
@@ -52,13 +58,13 @@ REQUEST_ERRORS = (ValueError, TypeError, OSError, AssertionError, RuntimeError)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0; 1 if the last checkpoint could not be written; or 2 after one line that says what is wrong
-    with the request.
-    """
+    """Returns the exit code: see exit_codes.py."""
     arguments = parse_arguments(argv)
     reporter = None
     try:
+        end_with_launcher()
         run = prepare(arguments)
+        lock = run_lock.hold(run.folder) if run.rank == 0 else None
         write_configs(run)
     except KeyboardInterrupt:
         return leave(130)
@@ -73,31 +79,28 @@ def main(argv: list[str] | None = None) -> int:
             return leave(130)
         except REQUEST_ERRORS as error:
             return refuse(error)
+        reporter = loop.reporter
         try:
             outcome = loop.run(first_step)
         except UnreadableImageError as error:
             return refuse(error, is_of_one_rank=True)
         except saving.CheckpointNotWrittenError as error:
-            loop.reporter.close()
+            reporter.close()
             if run.rank == 0:
                 print(f"largebatch: error: {error}", file=sys.stderr, flush=True)
-            return leave(1)
-        reporter = loop.reporter
+            return leave(exit_codes.NOT_SAVED)
+        except RuntimeError as error:
+            if not lost_ranks.is_lost_rank(error):
+                raise
+            return give_up(error, step=loop.last_reported_step, timeout=run.timeout)
         if not outcome.is_complete:
             break
         if stage is not run.stages[-1]:
             loop.engine.destroy()
     finish(run, loop, outcome)
-    return leave(0)
-
-
-def refuse(error: Exception, *, is_of_one_rank: bool = False) -> int:
-    """One line, from one rank if all have the same to say."""
-    if os.environ.get("LARGEBATCH_TRACEBACK") == "1":
-        raise error
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0 or is_of_one_rank or isinstance(error, RuntimeError):
-        print(f"largebatch: error: {error}", file=sys.stderr, flush=True)
-    return leave(2)
+    if lock is not None:
+        lock.close()
+    return leave(exit_codes.DONE)
 
 
 def prepare(arguments) -> Run:
@@ -116,7 +119,8 @@ def prepare(arguments) -> Run:
 
     deepspeed = import_deepspeed()
     check_optimizer_type(recipe["optimizer"]["type"])
-    deepspeed.init_distributed(verbose=False)
+    timeout = lost_ranks.timeout_of(section)
+    deepspeed.init_distributed(verbose=False, timeout=timeout)
     automatic = [is_micro_batch_open(of_stage) for of_stage in recipes]
     plans = []
     for position, (of_stage, task) in enumerate(zip(recipes, tasks, strict=True)):
@@ -125,12 +129,16 @@ def prepare(arguments) -> Run:
                 of_stage, task, earlier=earlier_config(folder, position), world_size=world_size, output=folder
             )
         plans.append(make_plan(of_stage, num_samples=task.num_samples, world_size=world_size, output=folder))
-    first_step = step_to_resume(os.path.join(folder, "checkpoints"), rank) if arguments.resume else 0
-    return Run(folder, make_stages(plans), tasks, automatic, first_step, rank, world_size)
+    first_step = 0
+    if arguments.resume:
+        first_step = step_to_resume(os.path.join(folder, "checkpoints"), rank, is_required=arguments.resume != "auto")
+    return Run(folder, make_stages(plans), tasks, automatic, first_step, rank, world_size, timeout)
 
 
-def step_to_resume(folder: str, rank: int) -> int:
-    """The newest whole checkpoint's; says which newer ones are passed over."""
+def step_to_resume(folder: str, rank: int, *, is_required: bool) -> int:
+    """The newest whole checkpoint's; says which newer ones are passed over. 0 where there is none, if none is required."""
+    if not is_required and not loading.has_any(folder):
+        return 0
     step, damages = loading.newest_whole(folder)
     if damages and rank == 0:
         print(
@@ -147,6 +155,7 @@ def open_stage(run: Run, stage: Stage, reporter: Reporter | None) -> tuple[Train
     """
     task = run.tasks[stage.number]
     engine, batch_norm, monitor = build_engine(task, stage.plan, world_size=run.world_size)
+    lost_ranks.set_timeout_of_all_groups(run.timeout)
     first_step = 0
     if run.first_step > stage.first_step:
         loading.load(engine, run.checkpoints, run.first_step, rank=run.rank)
@@ -154,8 +163,8 @@ def open_stage(run: Run, stage: Stage, reporter: Reporter | None) -> tuple[Train
     elif stage.number:
         loading.load_for_next_stage(engine, run.checkpoints, stage.first_step, rank=run.rank)
     if reporter is None:
-        if run.first_step and run.rank == 0 and os.path.exists(run.metrics):
-            discard_after(run.metrics, run.first_step)
+        if run.rank == 0 and os.path.exists(run.metrics):  # of the run that is continued
+            discard_after(run.metrics, run.first_step, is_last=run.first_step == run.stages[-1].end)
         reporter = Reporter(
             run.metrics,
             monitor,
@@ -188,11 +197,11 @@ def default_output(config_path: str, seed: int) -> str:
     return os.path.join("runs", f"{name}_seed{seed}")
 
 
-def check_run_folder(run_folder: str, is_resumed: bool) -> None:
+def check_run_folder(run_folder: str, resume: str | None) -> None:
     has_results = os.path.exists(os.path.join(run_folder, "metrics.jsonl"))
-    if has_results and not is_resumed:
+    if has_results and not resume:
         raise ValueError(f"{run_folder!r} already holds a run; continue it with --resume, or choose another --output")
-    if is_resumed and not os.path.isdir(run_folder):
+    if resume == "required" and not os.path.isdir(run_folder):
         raise ValueError(f"--resume: {run_folder!r} does not exist; name the run to continue with --output")
 
 
@@ -269,13 +278,6 @@ def finish(run: Run, loop: TrainingLoop, outcome: Outcome) -> None:
     if tensorboard.get("enabled"):
         print(f"tensorboard: {os.path.join(tensorboard['output_path'], tensorboard['job_name'])}")
     print(f"checkpoint: {outcome.checkpoint}", flush=True)
-
-
-def leave(exit_code: int) -> int:
-    """Takes the process group down; without it some runs abort while the interpreter ends."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return exit_code
 
 
 if __name__ == "__main__":
