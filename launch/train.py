@@ -14,6 +14,7 @@ import torch.distributed as dist
 from largebatch.launch import exit_codes, lost_ranks, run_lock
 from largebatch.launch.arguments import apply_overrides, parse_arguments, read_recipe
 from largebatch.launch.checkpoints import loading, saving
+from largebatch.launch.checkpoints.storage import broadcast, follow_storage
 from largebatch.launch.engines import (
     build_engine,
     check_optimizer_type,
@@ -121,17 +122,25 @@ def prepare(arguments) -> Run:
     check_optimizer_type(recipe["optimizer"]["type"])
     timeout = lost_ranks.timeout_of(section)
     deepspeed.init_distributed(verbose=False, timeout=timeout)
+    checkpoints = os.path.join(folder, "checkpoints")
+    for line in {follow_storage(of_stage, checkpoints) for of_stage in recipes} - {""}:
+        if rank == 0:
+            print(f"largebatch: {line}", flush=True)
     automatic = [is_micro_batch_open(of_stage) for of_stage in recipes]
     plans = []
+    # nodes may not see the first one's folder
+    earlier_configs = [broadcast(earlier_config(folder, position)) for position in range(len(recipes))]
     for position, (of_stage, task) in enumerate(zip(recipes, tasks, strict=True)):
         if automatic[position]:
-            find_micro_batch(
-                of_stage, task, earlier=earlier_config(folder, position), world_size=world_size, output=folder
-            )
+            earlier = earlier_configs[position]
+            find_micro_batch(of_stage, task, earlier=earlier, world_size=world_size, output=folder)
         plans.append(make_plan(of_stage, num_samples=task.num_samples, world_size=world_size, output=folder))
     first_step = 0
     if arguments.resume:
-        first_step = step_to_resume(os.path.join(folder, "checkpoints"), rank, is_required=arguments.resume != "auto")
+        first_step = step_to_resume(checkpoints, rank, is_required=arguments.resume != "auto")
+    for earlier, plan in zip(earlier_configs, plans, strict=True):
+        if first_step:
+            loading.check_same_data(earlier, plan.config)
     return Run(folder, make_stages(plans), tasks, automatic, first_step, rank, world_size, timeout)
 
 

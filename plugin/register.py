@@ -10,7 +10,8 @@ What is changed, and why there is no public door for it (DeepSpeed 0.19.8):
   numbers that keeps its param groups under ZeRO (see largebatch.baselines).
 - ``DeepSpeedEngine._do_optimizer_sanity_check``, ``_configure_optimizer``: before and after the engine wraps an
   optimizer of ours, however it was given; afterwards the layer map is attached.
-- ``DeepSpeedEngine.load_checkpoint``: afterwards the optimizer's options are those of the ds_config again.
+- ``DeepSpeedEngine.save_checkpoint``, ``load_checkpoint``: a checkpoint says where its layers lie, and can be loaded at any
+  layout (see largebatch.checkpoint); afterwards the optimizer's options are those of the ds_config again.
 - ``_update_scale``, ``step`` and ``backward`` of single engines and wrappers under fp16: see largebatch.loss_scale; also
   with torch.optim's SGD, Adam and AdamW, whose stray first step at stage 0 is undone, too.
 - ``lr_schedules``: our schedulers become attributes, where DeepSpeed looks their names up, and are listed in
@@ -29,6 +30,7 @@ from typing import Any
 import torch
 
 from largebatch import baselines, loss_scale
+from largebatch.checkpoint.engine_methods import loading_any_layout, saving_layout
 from largebatch.layer_map.tensor_parallel import read_cuts
 from largebatch.layer_map.zero import TESTED_DEEPSPEED, read_layout
 from largebatch.lr_schedulers import SCHEDULERS
@@ -53,6 +55,7 @@ REQUIRED_ENGINE_METHODS = (
     "_configure_basic_optimizer",
     "_do_optimizer_sanity_check",
     "_configure_optimizer",
+    "save_checkpoint",
     "load_checkpoint",
 )
 
@@ -122,7 +125,7 @@ def wrap_engine(engine_class: type) -> None:
     configure_basic = engine_class._configure_basic_optimizer
     check_optimizer = engine_class._do_optimizer_sanity_check
     configure = engine_class._configure_optimizer
-    load = engine_class.load_checkpoint
+    load = loading_any_layout(engine_class.load_checkpoint)
 
     @functools.wraps(configure_basic)
     def _configure_basic_optimizer(self, model_parameters):
@@ -164,6 +167,7 @@ def wrap_engine(engine_class: type) -> None:
     engine_class._configure_basic_optimizer = _configure_basic_optimizer
     engine_class._do_optimizer_sanity_check = _do_optimizer_sanity_check
     engine_class._configure_optimizer = _configure_optimizer
+    engine_class.save_checkpoint = saving_layout(engine_class.save_checkpoint)
     engine_class.load_checkpoint = load_checkpoint
 
 

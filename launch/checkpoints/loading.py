@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from largebatch.checkpoint.agreement import gathered
 from largebatch.launch.checkpoints import files
-from largebatch.launch.checkpoints.storage import gathered, storage_of
+from largebatch.launch.checkpoints.storage import storage_of
 from largebatch.launch.running_statistics import load_own
 
 
@@ -43,7 +44,7 @@ def newest_whole(folder: str) -> tuple[int, list[str]]:
 
 
 def load(engine: Any, folder: str, step: int, *, rank: int) -> None:
-    """Restores a checkpoint that newest_whole has named: weights, optimizer, schedule, loss scale.
+    """Restores a checkpoint that newest_whole has named: weights, optimizer, schedule, loss scale. At any layout.
 
     Raises:
         ValueError: it was written by another program.
@@ -62,3 +63,28 @@ def load_for_next_stage(engine: Any, folder: str, step: int, *, rank: int) -> No
     for group, values in zip(engine.basic_optimizer.param_groups, own, strict=True):
         group.update(values)
     load_own(engine.module, os.path.join(folder, files.name_of(step)), rank)
+
+
+WHAT_STAYS = (("train_batch_size",), ("largebatch", "data"), ("largebatch", "data_options"), ("largebatch", "seed"))
+"""Entries of the filled-in config on which the position in the data depends."""
+
+
+def check_same_data(earlier: dict[str, Any] | None, config: dict[str, Any]) -> None:
+    """The number of ranks, the micro-batch, precision and ZeRO stage may change between a run and its resumption; these not.
+
+    Args:
+        earlier, config: filled-in configs of a stage: of the run that is to be resumed (None if not known), and now.
+
+    Raises:
+        ValueError: naming the entry and both values.
+    """
+    for path in WHAT_STAYS if earlier is not None else ():
+        before, now = earlier, config
+        for key in path:
+            before, now = before.get(key), now.get(key)  # type: ignore[union-attr]
+        if before != now:
+            name = ".".join(path)
+            raise ValueError(
+                f"--resume: {name} is {now!r} and was {before!r} in the run that is to be continued; the place in the data that "
+                f"training has reached would be another. Set it to {before!r}, or begin a run in another --output"
+            )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
-from largebatch.layer_map.segment import LayerMap
+from largebatch.layer_map.segment import Cut, LayerMap
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,10 @@ class Partition:
         layer_map: which elements of which layer the tensor holds.
         parameters: [num_layers] the model's parameters, numbered as in ``layer_map``.
         process_group: the ranks that hold the rest of these layers; None if this one holds all.
+        cut: what the other ranks of the group hold; None if that is not known.
     """
 
     layer_map: LayerMap
     parameters: tuple[Tensor, ...]
     process_group: dist.ProcessGroup | None
+    cut: Cut | None = None

@@ -99,3 +99,32 @@ def concatenation_of_slices(
             segments.append(Segment(layer, position, position + owned, layer_start))
         position += slice_numel
     return LayerMap(tuple(layer_numels), partition_numel, tuple(segments))
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a row of layers is cut into partitions, one for each rank: the same on every rank.
+
+    Attributes:
+        layer_numels: [num_layers] elements of each layer.
+        partition_numel: elements of every rank's partition, padding included.
+        layer_offsets: [num_layers] of a slice of the concatenation (ZeRO 1 and 2); None for ZeRO 3.
+        slice_numels: [num_layers] of a concatenation of slices (ZeRO 3); None for ZeRO 1 and 2.
+    """
+
+    layer_numels: tuple[int, ...]
+    partition_numel: int
+    layer_offsets: tuple[int, ...] | None = None
+    slice_numels: tuple[int, ...] | None = None
+
+    def layer_map(self, rank: int) -> LayerMap:
+        """What a rank owns."""
+        if self.layer_offsets is not None:
+            return slice_of_concatenation(self.layer_numels, self.layer_offsets, self.partition_numel, rank)
+        assert self.slice_numels is not None
+        return concatenation_of_slices(self.layer_numels, self.slice_numels, self.partition_numel, rank)
+
+
+def uncut(numel: int) -> Cut:
+    """Of one layer that its rank holds whole."""
+    return Cut((numel,), numel, layer_offsets=(0,))

@@ -1,5 +1,5 @@
-"""DeepSpeed's optimizer wrappers -> which layers lie in the flat tensors that they step. The only reader of their
-private attributes; checked against what it reads.
+"""DeepSpeed's optimizer wrappers -> which layers lie in the flat tensors that they step. Reads their private attributes,
+as largebatch.checkpoint.wrappers does for loading; checked against what it reads.
 
 | wrapper                   | used for                                   | flat tensors                      | layers of tensor i         |
 |---------------------------|--------------------------------------------|-----------------------------------|----------------------------|
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from largebatch.layer_map.partition import Partition
-from largebatch.layer_map.segment import LayerMap, concatenation_of_slices, slice_of_concatenation, whole_layer
+from largebatch.layer_map.segment import Cut, LayerMap, uncut
 
 TESTED_DEEPSPEED = ("0.19.8",)
 """Versions under which the test suite has passed."""
@@ -36,6 +36,14 @@ def read_layout(wrapper: Any) -> dict[Tensor, Partition]:
         RuntimeError: the wrapper is one whose layout is not known, or it lacks an attribute, or what the attributes
             say does not agree with what the tensors hold.
     """
+    layout = partitions_of(wrapper)
+    for tensor, partition in layout.items():
+        verify(wrapper, tensor, partition)
+    return layout
+
+
+def partitions_of(wrapper: Any) -> dict[Tensor, Partition]:
+    """As :func:`read_layout`, without looking at the tensors, in the wrapper's order. Not a collective."""
     kind = type(wrapper).__name__
     if isinstance(wrapper, torch.optim.Optimizer):
         return {}
@@ -45,10 +53,7 @@ def read_layout(wrapper: Any) -> dict[Tensor, Partition]:
             f"known to be exact; known are {', '.join(READERS)}. Switch off what puts it in their place, or take an "
             "optimizer without layer norms"
         )
-    layout = READERS[kind](wrapper)
-    for tensor, partition in layout.items():
-        verify(wrapper, tensor, partition)
-    return layout
+    return READERS[kind](wrapper)
 
 
 def attribute(wrapper: Any, name: str) -> Any:
@@ -67,7 +72,8 @@ def read_unfused(wrapper: Any) -> dict[Tensor, Partition]:
     layout = {}
     masters, parameters = attribute(wrapper, "fp32_groups"), attribute(wrapper, "fp16_groups")
     for master, parameter in zip(itertools.chain(*masters), itertools.chain(*parameters), strict=True):
-        layout[master] = Partition(whole_layer(master.numel()), (parameter,), None)
+        cut = uncut(master.numel())
+        layout[master] = Partition(cut.layer_map(0), (parameter,), None, cut)
     return layout
 
 
@@ -93,15 +99,10 @@ def read_zero_3(wrapper: Any) -> dict[Tensor, Partition]:
     process_groups = attribute(wrapper, "sub_group_process_groups")
     layout = {}
     for flat, group, process_group in zip(flats, groups, process_groups, strict=True):
-        slice_numels = [attribute(p, "partition_numel")() for p in group]
+        slice_numels = tuple(attribute(p, "partition_numel")() for p in group)
         # not flat.numel(): a partition that is offloaded to NVMe has no elements until it is swapped in
-        layer_map = concatenation_of_slices(
-            [attribute(p, "ds_numel") for p in group],
-            slice_numels,
-            sum(slice_numels),
-            dist.get_rank(group=process_group),
-        )
-        layout[flat] = Partition(layer_map, tuple(group), process_group)
+        cut = Cut(tuple(attribute(p, "ds_numel") for p in group), sum(slice_numels), slice_numels=slice_numels)
+        layout[flat] = Partition(cut.layer_map(dist.get_rank(group=process_group)), tuple(group), process_group, cut)
     return layout
 
 
@@ -109,9 +110,8 @@ def read_slices(flats, groups, offsets, process_groups) -> dict[Tensor, Partitio
     """Each group's layers concatenated, each rank one slice."""
     layout = {}
     for flat, group, group_offsets, process_group in zip(flats, groups, offsets, process_groups, strict=True):
-        rank = dist.get_rank(group=process_group)
-        layer_map = slice_of_concatenation([p.numel() for p in group], group_offsets, flat.numel(), rank)
-        layout[flat] = Partition(layer_map, tuple(group), process_group)
+        cut = Cut(tuple(p.numel() for p in group), flat.numel(), layer_offsets=tuple(group_offsets))
+        layout[flat] = Partition(cut.layer_map(dist.get_rank(group=process_group)), tuple(group), process_group, cut)
     return layout
 
 

@@ -387,6 +387,11 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         fill_state(state, tensor, rule, self.state_dtype)
         return state
 
+    def allocate_state(self, tensor: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """The state of a tensor that step() will see, made if it is not there; for whoever fills it in from elsewhere."""
+        self._plans = {}
+        return self._state_of(tensor, self.make_rule(self._group_options(group)))
+
     def state_dict(self) -> dict[str, Any]:
         """See torch.optim.Optimizer. Under a sharded engine, with the state names that its converters know."""
         state_dict = super().state_dict()

@@ -25,9 +25,11 @@ def patched(owner, **attributes):
 
 
 @contextlib.contextmanager
-def launched():
-    """The variables that the launcher sets."""
+def launched(on_own_nodes=False):
+    """The variables that the launcher sets; each rank on a node of its own or all on one."""
     values = {"RANK": dist.get_rank(), "LOCAL_RANK": dist.get_rank(), "WORLD_SIZE": dist.get_world_size()}
+    if on_own_nodes:
+        values |= {"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
     before = {name: os.environ.get(name) for name in values}
     os.environ.update({name: str(value) for name, value in values.items()})
     try:
@@ -40,9 +42,9 @@ def launched():
                 os.environ[name] = value
 
 
-def run_trainer(arguments, stop_after=None):
+def run_trainer(arguments, stop_after=None, on_own_nodes=False):
     """Trains to the end, or until a stop is asked for in step ``stop_after``; the weights and buffers of rank 0's model."""
-    with launched():
+    with launched(on_own_nodes):
         run = train.prepare(parse_arguments([str(a) for a in arguments]))
         train.write_configs(run)
         reporter = None
