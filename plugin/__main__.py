@@ -1,7 +1,7 @@
 """The ``largebatch`` command, and ``deepspeed --module largebatch``, which runs an unmodified DeepSpeed script.
 
 deepspeed --module largebatch your_script.py --deepspeed_config ds_config.json
-largebatch doctor | recipes | plan | run | study [arguments]
+largebatch doctor | recipes | plan | run | convert | study [arguments]
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ COMMANDS = {
     "recipes": ("largebatch.launch.recipes_command", "lists, filters and prints the recipes in ds_configs"),
     "plan": ("largebatch.launch.plan_command", "micro-batch, memory, communication and time of a large batch; writes a ds_config"),
     "run": ("largebatch.launch.run_command", "starts deepspeed, and again from the newest checkpoint whenever the run dies"),
+    "convert": ("largebatch.launch.convert_command", "a checkpoint as plain PyTorch or back; optimizer state of other packages"),
     "study": ("largebatch.launch.study_command", "trains a grid of optimizers, batches and seeds; writes table and plots"),
 }
 """Name -> (module with ``main(argv) -> exit code``, what it does). Imported only when named."""
