@@ -14,6 +14,7 @@ from largebatch.launch.run_progress import progress_of
 from largebatch.launch.supervised_job import SupervisedJob, adopt_orphans, stop_requests
 
 LONGEST_BACK_OFF = 300.0
+SECONDS_BETWEEN_LOOKS = 0.3
 SAME_END_LIMIT = 3
 """So often in a row with the same exit code and without a step in between: it will repeat."""
 
@@ -157,7 +158,7 @@ def run_once(command: list[str], output: str, policy: Policy, is_asked_to_stop) 
     hang = Hang(output, policy.hang_timeout)
     is_hanging = False
     while job.exit_code is None:
-        job.wait(1.0, is_over=lambda: job.exit_code is not None or is_asked_to_stop())
+        time.sleep(SECONDS_BETWEEN_LOOKS)
         if is_asked_to_stop():
             job.ask_to_stop()
             job.wait(policy.grace)

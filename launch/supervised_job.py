@@ -62,14 +62,14 @@ class SupervisedJob:
         for process in told:
             quietly(lambda p=process: [p.send_signal(signal.SIGTERM)])
 
-    def wait(self, seconds: float, is_over: Callable[[], bool] = lambda: False) -> bool:
-        """Whether nothing is left after at most so many seconds; returns early, too, once ``is_over`` says so."""
+    def wait(self, seconds: float) -> bool:
+        """Whether nothing is left after at most so many seconds."""
         deadline = time.monotonic() + seconds
         while True:
             self.reap()
             if not self.processes():
                 return True
-            if time.monotonic() > deadline or is_over():
+            if time.monotonic() > deadline:
                 return False
             time.sleep(SECONDS_BETWEEN_LOOKS)
 
