@@ -116,7 +116,15 @@ def start(case: Case, folder: pathlib.Path, num_steps: int) -> Run:
     environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     environment["PATH"] = f"{os.path.dirname(sys.executable)}{os.pathsep}{environment['PATH']}"
     command = [sys.executable, "-m", "largebatch", "run", "--max-restarts", "1000", "--back-off", "0", "--grace", "60"]
-    command += ["deepspeed", "--num_accelerators", str(NUM_RANKS), "--master_port", str(free_port()), "--log_level", "error"]
+    command += [
+        "deepspeed",
+        "--num_accelerators",
+        str(NUM_RANKS),
+        "--master_port",
+        str(free_port()),
+        "--log_level",
+        "error",
+    ]
     command += ["launch/train.py", "--deepspeed_config", str(path), "--output", str(folder)]
     return Run(
         subprocess.Popen(
@@ -278,14 +286,17 @@ def campaign(arguments: argparse.Namespace) -> list[dict[str, str]]:
 
 
 def command_of(arguments: argparse.Namespace) -> str:
-    return f"python benchmarks/fault_campaign.py --kills {arguments.kills} --seed {arguments.seed} --output DIR"
+    return (
+        f"python benchmarks/fault_campaign.py --kills {arguments.kills} --kills_per_run {arguments.kills_per_run} "
+        f"--steps {arguments.steps} --seed {arguments.seed} --output DIR"
+    )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--kills_per_run", type=int, default=12)
-    parser.add_argument("--steps", type=int, default=700, help="of a run")
+    parser.add_argument("--steps", type=int, default=900, help="of a run")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--optimizers", nargs="+", choices=list(OPTIMIZERS), default=list(OPTIMIZERS))
@@ -293,10 +304,11 @@ def main() -> int:
         "--output", required=True, help="folder for the runs and kills.csv; may hold an unfinished campaign"
     )
     parser.add_argument("--report", help="Markdown file to write; kills.csv is copied beside it as <name>.csv")
+    parser.add_argument("--report_only", action="store_true", help="kill nothing; report on what has been done")
     arguments = parser.parse_args()
-    rows = campaign(arguments)
+    rows = rows_in(pathlib.Path(arguments.output) / "kills.csv") if arguments.report_only else campaign(arguments)
     if arguments.report:
-        write_report(rows, pathlib.Path(arguments.report), seed=arguments.seed, command=command_of(arguments))
+        write_report(rows, pathlib.Path(arguments.report), num_planned=arguments.kills, command=command_of(arguments))
         shutil.copy(pathlib.Path(arguments.output) / "kills.csv", pathlib.Path(arguments.report).with_suffix(".csv"))
     bad = [row for row in rows if row["faults"] or row["is_identical"] != "True"]
     print(f"{len(rows)} kills in {len({row['run'] for row in rows})} runs; not as they should be: {len(bad)}")

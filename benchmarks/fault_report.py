@@ -18,12 +18,12 @@ NAMES = {
 }
 
 
-def write_report(rows: list[dict[str, str]], path: pathlib.Path, *, seed: int, command: str) -> None:
+def write_report(rows: list[dict[str, str]], path: pathlib.Path, *, num_planned: int, command: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines_of(rows, path, seed=seed, command=command)) + "\n", encoding="utf-8")
+    path.write_text("\n".join(lines_of(rows, path, num_planned=num_planned, command=command)) + "\n", encoding="utf-8")
 
 
-def lines_of(rows: list[dict[str, str]], path: pathlib.Path, *, seed: int, command: str) -> list[str]:
+def lines_of(rows: list[dict[str, str]], path: pathlib.Path, *, num_planned: int, command: str) -> list[str]:
     runs = {row["run"]: row for row in rows}
     num_identical = sum(row["is_identical"] == "True" for row in runs.values())
     faults = [row for row in rows if row["faults"]]
@@ -32,7 +32,8 @@ def lines_of(rows: list[dict[str, str]], path: pathlib.Path, *, seed: int, comma
         "",
         f"    {command}",
         "",
-        f"{len(rows)} kills with signal 9 at random moments in {len(runs)} training runs, seed {seed}. Every run was started "
+        f"{len(rows)} kills with signal 9 at random moments in {len(runs)} training runs"
+        f"{f', of {num_planned} planned; not finished yet' if len(rows) < num_planned else ''}. Every run was started "
         "again by `largebatch run` and trained to its end (a killed `largebatch run` was called again). A small MLP on "
         "scikit-learn's digits, two CPU ranks, fp32; the unmodified `deepspeed` launcher; checkpoints every few steps, the "
         "last three kept.",

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ RECIPE = "ds_configs/lenet_digits_lars_480.json"
 def test_a_sample_of_the_fault_campaign(tmp_path):
     """Two kills in one run; benchmarks/fault_campaign.py does hundreds (docs/results/faults.md)."""
     result = subprocess.run(
-        [sys.executable, "benchmarks/fault_campaign.py", "--kills", "2", "--steps", "200", "--seed", "3", "--stages", "2",
+        [sys.executable, "benchmarks/fault_campaign.py", "--kills", "2", "--steps", "400", "--seed", "3", "--stages", "2",
          "--optimizers", "LAMB", "--output", str(tmp_path), "--report", str(tmp_path / "report.md")],
         cwd=launching.ROOT, env=launching.environment(), capture_output=True, text=True, timeout=500,
     )  # fmt: skip
@@ -28,9 +29,7 @@ def test_a_sample_of_the_fault_campaign(tmp_path):
     with open(tmp_path / "kills.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 and all(row["is_identical"] == "True" and row["faults"] == "" for row in rows)
-    assert "are the same bits as those of an undisturbed run: 1 of 1" in (tmp_path / "report.md").read_text().replace(
-        "\n", " "
-    )
+    assert re.search(r"of an undisturbed run: (\d) of \1\.", (tmp_path / "report.md").read_text())
 
 
 def supervise(*arguments):
