@@ -32,7 +32,7 @@ from typing import Any
 
 import psutil
 import torch
-from fault_kills import MOMENTS, TARGETS, Kill, drawn, kill, processes_of, unfinished, wait_for_moment
+from fault_kills import MOMENTS, SECONDS_TO_START, TARGETS, Kill, drawn, kill, processes_of, unfinished, wait_for_moment
 from fault_report import write_report
 
 from largebatch.launch.checkpoints import files
@@ -42,6 +42,7 @@ from largebatch.launch.supervised_job import is_alive
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NUM_RANKS = 2
+SECONDS_TO_END = 600.0
 OPTIMIZERS = {
     "LARS": {"lr": 10.0, "momentum": 0.9, "weight_decay": 1e-4},
     "LAMB": {"lr": 0.01, "weight_decay": 0.01},
@@ -217,7 +218,9 @@ def disturbed_run(case: Case, folder: pathlib.Path, num_kills: int, num_steps: i
             wait_until_gone(found)
             run = start(case, folder, num_steps)
         else:
-            run.lines.get(timeout=300)  # "... Restart 3 of at most 1000", said once nothing of the start is left
+            run.lines.get(
+                timeout=SECONDS_TO_START
+            )  # "... Restart 3 of at most 1000", said once nothing of the start is left
         began = time.monotonic()
         newest_before = newest
         newest, num_whole, wrong = check(folder, newest_before)
@@ -238,10 +241,10 @@ def disturbed_run(case: Case, folder: pathlib.Path, num_kills: int, num_steps: i
 
 def wait_until_gone(processes: dict[str, list[psutil.Process]]) -> None:
     """Waits for the processes of a run whose supervisor was killed; they have to end by themselves."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + SECONDS_TO_END
     while left := [p for of_name in processes.values() for p in of_name if is_alive(p)]:
         if time.monotonic() > deadline:
-            raise RuntimeError(f"still there 120 s after `largebatch run` was killed: {left}")
+            raise RuntimeError(f"still there {SECONDS_TO_END:g} s after `largebatch run` was killed: {left}")
         time.sleep(0.05)
 
 

@@ -26,7 +26,7 @@ training: up to 1.5 s after the first step of a start. saving: up to 60 ms after
 appears. starting: up to 6 s after the start, mostly before the first step.
 """
 
-SECONDS_TO_START = 240.0
+SECONDS_TO_START = 1200.0
 SECONDS_BETWEEN_LOOKS = 0.002
 
 
