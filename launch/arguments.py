@@ -9,7 +9,9 @@ import os
 from typing import Any
 
 from largebatch.config import nearest_hint
+from largebatch.engine_config.files import read_json
 from largebatch.launch.recipe_files import find_recipe
+from largebatch.launch.recipe_section import check_sections
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -50,35 +52,26 @@ def read_recipe(path: str) -> dict[str, Any]:
     """The JSON as it is: a file, or by its bare name a recipe that comes with the package.
 
     Raises:
-        ValueError: no such file, or not a JSON object.
+        ValueError: no such file, not a JSON object, or one with a key twice.
     """
     if not os.path.dirname(path) and not path.endswith(".json") and not os.path.exists(path):
         path = str(find_recipe(path))
-    try:
-        with open(path, encoding="utf-8") as file:
-            recipe = json.load(file)
-    except FileNotFoundError:
+    if not os.path.exists(path):
         folder = os.path.dirname(path) or "."
         names = sorted(n for n in os.listdir(folder) if n.endswith(".json")) if os.path.isdir(folder) else []
         hint = nearest_hint(os.path.basename(path), names)
-        raise ValueError(f"--deepspeed_config is {path!r}, which does not exist{hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--deepspeed_config {path!r} cannot be read: {error}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--deepspeed_config {path!r} is not JSON: {error}") from None
-    if not isinstance(recipe, dict):
-        raise ValueError(f"--deepspeed_config {path!r} holds a {type(recipe).__name__}; expected a JSON object")
-    return recipe
+        raise ValueError(f"--deepspeed_config is {path!r}, which does not exist{hint}")
+    return read_json(path, f"--deepspeed_config {path!r}")
 
 
 def set_entry(recipe: dict[str, Any], assignment: str) -> None:
     """Applies one KEY=VALUE of --set, creating sections on the way."""
     key, separator, text = assignment.partition("=")
-    if not separator or not key:
+    if not separator or not all(key.split(".")):
         raise ValueError(f"--set {assignment!r}; expected KEY=VALUE, e.g. optimizer.params.lr=2.5")
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         value = text
     *sections, last = key.split(".")
     node = recipe
@@ -90,11 +83,14 @@ def set_entry(recipe: dict[str, Any], assignment: str) -> None:
 
 
 def apply_overrides(recipe: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
-    """The recipe with everything that the command line changes."""
+    """The recipe with everything that the command line changes, without top-level entries that are null.
+
+    Raises:
+        ValueError, TypeError: an override that is none, or a section of the recipe that is none.
+    """
     recipe = copy.deepcopy(recipe)
     section = recipe.setdefault("largebatch", {})
-    if not isinstance(section, dict):
-        raise ValueError(f"largebatch is {section!r}; expected a section (JSON object)")
+    check_sections(recipe)
     if arguments.seed is not None:
         section["seed"] = arguments.seed
     if arguments.epochs is not None:
@@ -111,4 +107,6 @@ def apply_overrides(recipe: dict[str, Any], arguments: argparse.Namespace) -> di
                 recipe.pop(name, None)
     for assignment in arguments.set:
         set_entry(recipe, assignment)
+    recipe = {key: value for key, value in recipe.items() if value is not None}
+    check_sections(recipe)
     return recipe

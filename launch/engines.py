@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import os
 import types
@@ -12,9 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from largebatch.config import reject
+from largebatch.engine_config import check_engine_config
+from largebatch.engine_config.arguments import in_our_words, is_answer
+from largebatch.engine_config.combinations import check_optimizer_type
 from largebatch.launch.cpu_memory import keep_freed_memory
 from largebatch.launch.micro_batch import Trial, largest_that_fits
-from largebatch.launch.parameter_groups import parameter_groups
+from largebatch.launch.parameter_groups import check_baseline_options, parameter_groups
 from largebatch.launch.recipe_section import check_section
 from largebatch.launch.run_plan import Plan, make_plan, micro_batch_candidates
 from largebatch.launch.task import Task
@@ -49,16 +54,27 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
-def check_optimizer_type(name: Any) -> None:
-    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
+def check_ds_config(plan: Plan, *, world_size: int) -> None:
+    """Refuses what DeepSpeed would not take, before anything is built.
 
-    from largebatch.config import nearest_hint
-    from largebatch.register import OPTIMIZERS
+    Raises:
+        ValueError, TypeError: naming the entry, its value and what is allowed.
+    """
+    check_optimizer_type(plan.config["optimizer"]["type"])
+    check_engine_config(plan.config, world_size=world_size, is_closed=True)
+    check_baseline_options(plan.config["optimizer"])
+    check_folders(plan.config)
 
-    if not isinstance(name, str) or (name.lower() not in DEEPSPEED_OPTIMIZERS and not hasattr(torch.optim, name)):
-        known = [cls.__name__ for cls in OPTIMIZERS.values()] + ["SGD", "Adam", "AdamW", "Adagrad"]
-        hint = nearest_hint(name, known) or nearest_hint(str(name).upper(), known)
-        raise ValueError(f"optimizer.type is {name!r}; expected {', '.join(known)}, or a class of torch.optim{hint}")
+
+def check_folders(config: dict[str, Any]) -> None:
+    for name in ("tensorboard", "csv_monitor"):
+        options = config.get(name, {})
+        if not options.get("enabled") or not options.get("output_path"):
+            continue
+        try:
+            os.makedirs(options["output_path"], exist_ok=True)
+        except OSError as error:
+            reject(f"{name}.output_path", options["output_path"], f"a folder that can be written ({error})")
 
 
 def build_engine(task: Task, plan: Plan, *, world_size: int) -> tuple[Any, str, Any]:
@@ -73,9 +89,14 @@ def build_engine(task: Task, plan: Plan, *, world_size: int) -> tuple[Any, str, 
     torch.manual_seed(plan.section["seed"])
     model = task.build_model()
     batch_norm = set_batch_norm_span(model, plan, plan.micro_batch, world_size)
+    groups = parameter_groups(model, plan.section["no_weight_decay"])
     with contextlib.redirect_stdout(None):  # BF16_Optimizer prints memory figures whatever the log level
-        groups = parameter_groups(model, plan.section["no_weight_decay"])
-        engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=plan.config)
+        try:
+            engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=copy.deepcopy(plan.config))
+        except Exception as error:
+            if not is_answer(error):
+                raise
+            raise in_our_words(error) from error
     monitor, engine.monitor = engine.monitor, types.SimpleNamespace(enabled=False)
     return engine, batch_norm, monitor
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
+from largebatch.baselines import Adagrad
+from largebatch.config import NON_NEGATIVE, Check, betas, boolean, check_option_names
 from largebatch.exclusion import KINDS, identities, is_excluded
 from largebatch.register import OPTIMIZERS
 
@@ -35,6 +39,58 @@ def parameter_groups(model: nn.Module, no_weight_decay: Sequence[str]) -> list[d
     decayed = [p for p, identity in found.items() if not is_excluded(identity, no_weight_decay)]
     groups = [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+BASELINE_CHECKS: dict[str, Check] = {
+    "lr": NON_NEGATIVE,
+    "weight_decay": NON_NEGATIVE,
+    "momentum": NON_NEGATIVE,
+    "dampening": NON_NEGATIVE,
+    "eps": NON_NEGATIVE,
+    "lr_decay": NON_NEGATIVE,
+    "initial_accumulator_value": NON_NEGATIVE,
+    "betas": betas,
+} | dict.fromkeys(("nesterov", "amsgrad", "maximize", "bias_correction", "torch_adam", "adam_w_mode", "fused"), boolean)
+"""Option of torch's or DeepSpeed's optimizers -> what is allowed; others are left to them."""
+
+OF_DEEPSPEEDS_ADAM = ("torch_adam", "adam_w_mode", "bias_correction", "set_grad_none", "fp32_optimizer_states")
+
+WITHOUT_A_PLACE_HERE = {
+    "lbfgs": "needs a closure",
+    "sparseadam": "is for sparse gradients",
+    "muadam": "needs a model made for muP",
+    "muadamw": "needs a model made for muP",
+    "musgd": "needs a model made for muP",
+    "muon": "needs parameters marked for it",
+}
+
+
+def check_baseline_options(optimizer: dict[str, Any]) -> None:
+    """Refuses options that a baseline does not have, and values that it cannot have. Ours are checked when they are built.
+
+    Args:
+        optimizer: the section, of a type that is known.
+
+    Raises:
+        ValueError, TypeError: naming the option, its value and what is allowed.
+    """
+    name, params = optimizer["type"].lower(), optimizer.get("params") or {}
+    if name in OPTIMIZERS:
+        return
+    if name in WITHOUT_A_PLACE_HERE:
+        raise ValueError(
+            f"optimizer.type is {optimizer['type']!r}, which {WITHOUT_A_PLACE_HERE[name]}; this trainer cannot train with it"
+        )
+    of_deepspeed = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "adagrad": Adagrad}
+    cls = of_deepspeed.get(name) or getattr(torch.optim, optimizer["type"], None)
+    if cls is not None:
+        known = [option for option in inspect.signature(cls.__init__).parameters if option not in ("self", "params")]
+        check_option_names(
+            params, known + list(OF_DEEPSPEEDS_ADAM if name in ("adam", "adamw") else ()), "optimizer.params"
+        )
+    for option, value in params.items():
+        if option in BASELINE_CHECKS:
+            BASELINE_CHECKS[option](f"optimizer.params.{option}", value)
 
 
 def check_baseline(config: dict[str, Any]) -> None:

@@ -18,7 +18,18 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from largebatch.config import NON_NEGATIVE, POSITIVE, boolean, is_number, nearest_hint, number, one_of, reject
+from largebatch.config import (
+    NON_NEGATIVE,
+    POSITIVE,
+    boolean,
+    integer,
+    is_finite,
+    is_number,
+    nearest_hint,
+    number,
+    one_of,
+    reject,
+)
 from largebatch.launch.inputs.options import AUGMENTATIONS, DATA_SETS, check_data_options
 from largebatch.models.registry import check_model
 
@@ -57,6 +68,17 @@ FIGURES = {
 }
 """Of an evaluation, by kind of data."""
 
+SECTIONS = (
+    ("largebatch",), ("optimizer",), ("optimizer", "params"), ("scheduler",), ("scheduler", "params"), ("zero_optimization",),
+    ("fp16",), ("bf16",), ("data_types",), ("tensorboard",), ("timers",), ("timers", "throughput"),
+)  # fmt: skip
+"""Of a recipe, in which the trainer reads or writes entries."""
+
+LONGEST = 2**40
+"""Steps and epochs: more is a slip of the pen."""
+
+LARGEST_SEED = 2**31 - 1
+
 EXPECTED_KEYS = ("metric", "value", "band", "is_approximate")
 
 KEPT_BY_STAGES = (
@@ -64,6 +86,20 @@ KEPT_BY_STAGES = (
     ("optimizer", "type"), ("fp16",), ("bf16",), ("data_types",), ("zero_optimization",), ("tensorboard",),
 )  # fmt: skip
 """What a stage cannot change: the optimizer state of the stage before would not fit, or it has no meaning."""
+
+
+def check_sections(recipe: dict[str, Any]) -> None:
+    """Refuses a value in the place of a section.
+
+    Raises:
+        TypeError: naming the section and the value.
+    """
+    for path in SECTIONS:
+        node: Any = recipe
+        for key in path:
+            node = node.get(key) if node is not None else None
+        if node is not None and not isinstance(node, dict):
+            reject(".".join(path), node, "a section (JSON object)", TypeError)
 
 
 def check_section(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -78,6 +114,8 @@ def check_section(recipe: dict[str, Any]) -> dict[str, Any]:
             hint = nearest_hint(key, list(SECTION_DEFAULTS))
             raise ValueError(f"largebatch.{key} is not known{hint}; known: {', '.join(sorted(SECTION_DEFAULTS))}")
     section = SECTION_DEFAULTS | given
+    if not isinstance(section["model"], str):
+        reject("largebatch.model", section["model"], "the name of a model", TypeError)
     check_model(section["model"], section["model_options"])
     one_of(*DATA_SETS)("largebatch.data", section["data"])
     check_length(section)
@@ -85,11 +123,10 @@ def check_section(recipe: dict[str, Any]) -> dict[str, Any]:
         number("a number > 0", lambda x: x > 0, or_none=key == "save_every_epochs")(f"largebatch.{key}", section[key])
     check_saving(section)
     POSITIVE("largebatch.schedule_stretch", section["schedule_stretch"])
-    if not isinstance(section["seed"], int) or isinstance(section["seed"], bool) or section["seed"] < 0:
-        reject("largebatch.seed", section["seed"], "an integer >= 0")
-    interval = section["layer_stats_every_steps"]
-    if interval != "auto" and (not isinstance(interval, int) or isinstance(interval, bool) or interval < 1):
-        reject("largebatch.layer_stats_every_steps", interval, 'an integer >= 1, or "auto"')
+    integer(0)("largebatch.seed", section["seed"])
+    if section["seed"] > LARGEST_SEED:
+        reject("largebatch.seed", section["seed"], f"an integer from 0 to {LARGEST_SEED}")
+    integer(1, or_auto=True)("largebatch.layer_stats_every_steps", section["layer_stats_every_steps"])
     check_inputs(section)
     check_batch_norm(section["batch_norm"])
     check_notes(section)
@@ -98,8 +135,9 @@ def check_section(recipe: dict[str, Any]) -> dict[str, Any]:
 
 def check_length(section: dict[str, Any]) -> None:
     for key in ("epochs", "steps"):
-        if section[key] is not None and (not is_number(section[key]) or section[key] <= 0):
-            reject(f"largebatch.{key}", section[key], "a number > 0")
+        value = section[key]
+        if value is not None and (not is_number(value) or not is_finite(value) or not 0 < value <= LONGEST):
+            reject(f"largebatch.{key}", value, f"a number > 0, and at most {LONGEST}")
     if section["steps"] is not None and section["steps"] != int(section["steps"]):
         reject("largebatch.steps", section["steps"], "a whole number; a length in epochs may be a fraction")
     if section["epochs"] is not None and section["steps"] is not None:
@@ -172,6 +210,8 @@ def stage_recipes(recipe: dict[str, Any]) -> list[dict[str, Any]]:
     merged = []
     for position, stage in enumerate(stages):
         name = f"largebatch.stages[{position}]"
+        if not isinstance(stage.get("largebatch", {}), dict):
+            reject(f"{name}.largebatch", stage["largebatch"], "a section (JSON object)", TypeError)
         if "stages" in stage.get("largebatch", {}):
             raise ValueError(f"{name} has stages of its own; list all stages in the recipe")
         for path in KEPT_BY_STAGES:

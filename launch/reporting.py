@@ -35,7 +35,10 @@ class Reporter:
         self.waiting: list[tuple[str, float, int]] = []
         self.last_written = time.monotonic()
         if self.is_writer:
-            self.file = open(path, "a", encoding="utf-8")
+            try:
+                self.file = open(path, "a", encoding="utf-8")
+            except OSError as error:
+                raise ValueError(f"the metrics file {path!r} cannot be written: {error}") from None
             self.num_samples, self.samples_done = num_samples, samples_done
             self.sample_name = sample_name
         self.bar: tqdm | None = None
@@ -124,22 +127,30 @@ def discard_after(path: str, step: int, *, is_last: bool = False) -> None:
     Args:
         is_last: of the run: its evaluation, too, is done again.
     """
-    with open(path, encoding="utf-8") as file:
-        lines = file.readlines()
-    kept = []
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            lines = file.readlines()
+    except OSError as error:
+        raise ValueError(f"--resume: {path!r} cannot be read: {error}") from None
+    kept, num_damaged = [], 0
     for line in lines:
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:  # the last line of a run that was killed while writing it
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or not isinstance(record.get("step", 0), int) or "event" not in record:
+            num_damaged += 1  # one is the last line of a run that was killed while writing it
             continue
         is_repeated = (
             record["event"] in ("end", "interrupted")
             or (record["event"] == "start" and not step)
-            or (record["event"] == "stage" and record["step"] == step)
-            or (record["event"] == "evaluation" and record["step"] == step and is_last)
+            or (record["event"] == "stage" and record.get("step") == step)
+            or (record["event"] == "evaluation" and record.get("step") == step and is_last)
         )
         if not is_repeated and record.get("step", 0) <= step:
             kept.append(line)
+    if num_damaged > 1:
+        print(f"largebatch: warning: {path!r} has {num_damaged} damaged lines, which are left out", file=sys.stderr)
     temporary = f"{path}.partial"
     with open(temporary, "w", encoding="utf-8") as file:
         file.writelines(kept)

@@ -21,10 +21,14 @@ def hold(folder: str, seconds: float = SECONDS_TO_WAIT) -> IO[str]:
 
     Raises:
         FolderInUseError: another process holds it, and still does after so many seconds.
+        ValueError: the folder cannot be written.
     """
-    os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, "run.lock")
-    file = open(path, "a+", encoding="utf-8")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        file = open(path, "a+", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"--output {folder!r} cannot be written: {error}") from None
     deadline = time.monotonic() + seconds
     while True:
         try:

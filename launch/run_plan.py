@@ -10,7 +10,7 @@ from typing import Any
 
 from largebatch.config import is_number, nearest_hint
 from largebatch.launch.parameter_groups import check_baseline
-from largebatch.launch.recipe_section import check_section
+from largebatch.launch.recipe_section import LONGEST, check_section, check_sections
 from largebatch.lr_schedulers import SCHEDULERS
 from largebatch.models.batch_norm import MICRO_BATCH, pieces_for
 from largebatch.schedule import scaled_lr
@@ -35,14 +35,21 @@ class Plan:
         return self.config["largebatch"]
 
 
+LARGEST_BATCH = 2**31 - 1
+
+
 def check_keys(recipe: dict[str, Any]) -> None:
-    """Refuses top-level keys that neither DeepSpeed nor the trainer reads: DeepSpeed ignores a misspelt one silently."""
+    """Refuses top-level keys that are near to one that is often used; train.py knows all that DeepSpeed reads."""
     for key in recipe:
         near = nearest_hint(key, OFTEN_USED_KEYS)
         if key not in OFTEN_USED_KEYS and near:
             raise ValueError(f"{key} is not a key of a ds_config{near}")
     if "optimizer" not in recipe or not isinstance(recipe["optimizer"], dict) or "type" not in recipe["optimizer"]:
         raise ValueError('the recipe has no "optimizer": {"type": ..., "params": {...}} section')
+    check_sections(recipe)
+    for name in ("optimizer", "scheduler"):
+        if name in recipe and recipe[name].get("params") is None:
+            recipe[name]["params"] = {}
 
 
 OFTEN_USED_KEYS = (
@@ -112,11 +119,7 @@ def micro_batch_candidates(recipe: dict[str, Any], world_size: int) -> list[int]
             f"such as {nearest_multiples(global_batch, world_size)}"
         )
     share = global_batch // world_size
-    candidates = [
-        d
-        for d in range(1, share + 1)
-        if share % d == 0 and has_span(section, d, world_size) and not (section["mixup"] and d % 2)
-    ]
+    candidates = [d for d in divisors(share) if has_span(section, d, world_size) and not (section["mixup"] and d % 2)]
     if not candidates:
         span, unit = section["batch_norm"].get("span", MICRO_BATCH), world_size
         if isinstance(span, int):
@@ -129,6 +132,12 @@ def micro_batch_candidates(recipe: dict[str, Any], world_size: int) -> list[int]
             f"{nearest_multiples(global_batch, unit)}"
         )
     return candidates
+
+
+def divisors(value: int) -> list[int]:
+    """Ascending."""
+    small = [d for d in range(1, math.isqrt(value) + 1) if value % d == 0]
+    return sorted({*small, *(value // d for d in small)})
 
 
 def is_micro_batch_open(recipe: dict[str, Any]) -> bool:
@@ -200,8 +209,9 @@ def make_plan(recipe: dict[str, Any], *, num_samples: int, world_size: int, outp
         raise ValueError("largebatch.stages: there is one plan for each stage; see recipe_section.stage_recipes")
     check_baseline(config)
     global_batch = config.get("train_batch_size")
-    if not isinstance(global_batch, int) or isinstance(global_batch, bool) or global_batch < 1:
-        raise ValueError(f"train_batch_size is {global_batch!r}; expected an integer >= 1, the global batch")
+    if not isinstance(global_batch, int) or isinstance(global_batch, bool) or not 1 <= global_batch <= LARGEST_BATCH:
+        limits = f">= 1, and at most {LARGEST_BATCH}"
+        raise ValueError(f"train_batch_size is {global_batch!r}; expected an integer {limits}: the global batch")
     micro_batch = micro_batch_for(config, world_size)
     accumulation_steps = global_batch // (micro_batch * world_size)
     given = config.get("gradient_accumulation_steps", "auto")
@@ -214,7 +224,10 @@ def make_plan(recipe: dict[str, Any], *, num_samples: int, world_size: int, outp
     config["gradient_accumulation_steps"] = accumulation_steps
     stretch_lengths(config)
     steps_per_epoch = num_samples / global_batch
-    num_steps = section["steps"] or math.ceil(section["epochs"] * steps_per_epoch - 1e-9)
+    num_steps = section["steps"] or max(1, math.ceil(section["epochs"] * steps_per_epoch - 1e-9))
+    if num_steps > LONGEST:
+        length = {name: section[name] for name in ("epochs", "steps") if section[name] is not None}
+        raise ValueError(f"largebatch has a length of {length}, {num_steps:.3g} steps; expected at most {LONGEST}")
     section["layer_stats_every_steps"] = automatic(section["layer_stats_every_steps"], max(1, num_steps // 100))
     fill_accumulation(config, accumulation_steps)
     fill_optimizer(config, section, global_batch)

@@ -9,15 +9,14 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
-
+from largebatch.engine_config.files import read_json
 from largebatch.launch import exit_codes, lost_ranks, run_lock
 from largebatch.launch.arguments import apply_overrides, parse_arguments, read_recipe
-from largebatch.launch.checkpoints import loading, saving
+from largebatch.launch.checkpoints import files, loading, saving
 from largebatch.launch.checkpoints.storage import broadcast, follow_storage
 from largebatch.launch.engines import (
     build_engine,
-    check_optimizer_type,
+    check_ds_config,
     find_micro_batch,
     import_deepspeed,
 )
@@ -66,7 +65,8 @@ def main(argv: list[str] | None = None) -> int:
         end_with_launcher()
         run = prepare(arguments)
         lock = run_lock.hold(run.folder) if run.rank == 0 else None
-        write_configs(run)
+        if not run.first_step:
+            write_configs(run)
     except KeyboardInterrupt:
         return leave(130)
     except REQUEST_ERRORS as error:
@@ -114,12 +114,15 @@ def prepare(arguments) -> Run:
     sections = [check_section(of_stage) for of_stage in recipes]
     tasks = [build_task(of_stage, arguments.data) for of_stage in sections]
     lengths = [task.num_samples for task in tasks]
-    for of_stage, num_samples in zip(recipes, lengths, strict=True):  # checked before anything is started
+    drafts = [  # checked before anything is started
         make_plan(of_stage, num_samples=num_samples, world_size=world_size, output=folder)
+        for of_stage, num_samples in zip(recipes, lengths, strict=True)
+    ]
     check_run_folder(folder, arguments.resume)
 
     deepspeed = import_deepspeed()
-    check_optimizer_type(recipe["optimizer"]["type"])
+    for draft in drafts:
+        check_ds_config(draft, world_size=world_size)
     timeout = lost_ranks.timeout_of(section)
     deepspeed.init_distributed(verbose=False, timeout=timeout)
     checkpoints = os.path.join(folder, "checkpoints")
@@ -172,6 +175,8 @@ def open_stage(run: Run, stage: Stage, reporter: Reporter | None) -> tuple[Train
     elif stage.number:
         loading.load_for_next_stage(engine, run.checkpoints, stage.first_step, rank=run.rank)
     if reporter is None:
+        if run.first_step:  # what is there stays as it is until the checkpoint has been taken
+            write_configs(run)
         if run.rank == 0 and os.path.exists(run.metrics):  # of the run that is continued
             discard_after(run.metrics, run.first_step, is_last=run.first_step == run.stages[-1].end)
         reporter = Reporter(
@@ -190,11 +195,8 @@ def open_stage(run: Run, stage: Stage, reporter: Reporter | None) -> tuple[Train
 
 def earlier_config(folder: str, position: int) -> dict[str, Any] | None:
     """The filled-in config with which a run that is to be resumed has trained a stage."""
-    try:
-        with open(os.path.join(folder, config_name(position)), encoding="utf-8") as file:
-            return json.load(file)
-    except FileNotFoundError:
-        return None
+    path = os.path.join(folder, config_name(position))
+    return read_json(path, f"the config {path!r} of the run") if os.path.lexists(path) else None
 
 
 def config_name(position: int) -> str:
@@ -207,7 +209,10 @@ def default_output(config_path: str, seed: int) -> str:
 
 
 def check_run_folder(run_folder: str, resume: str | None) -> None:
-    has_results = os.path.exists(os.path.join(run_folder, "metrics.jsonl"))
+    metrics = os.path.join(run_folder, "metrics.jsonl")
+    has_results = os.path.lexists(metrics)
+    if has_results and not os.path.isfile(metrics):
+        raise ValueError(f"{metrics!r} is no file; take it away, or choose another --output")
     if has_results and not resume:
         raise ValueError(f"{run_folder!r} already holds a run; continue it with --resume, or choose another --output")
     if resume == "required" and not os.path.isdir(run_folder):
@@ -215,13 +220,23 @@ def check_run_folder(run_folder: str, resume: str | None) -> None:
 
 
 def write_configs(run: Run) -> None:
+    """A collective.
+
+    Raises:
+        ValueError: on all ranks, if the folder cannot be written.
+    """
+    reason = None
     if run.rank == 0:
-        os.makedirs(run.folder, exist_ok=True)
-        for stage in run.stages:
-            with open(os.path.join(run.folder, config_name(stage.number)), "w", encoding="utf-8") as file:
-                json.dump(stage.plan.config, file, indent=2)
-                file.write("\n")
-    dist.barrier()
+        try:
+            os.makedirs(run.folder, exist_ok=True)
+            for stage in run.stages:
+                text = json.dumps(stage.plan.config, indent=2) + "\n"
+                files.write_text(os.path.join(run.folder, config_name(stage.number)), text)
+        except OSError as error:
+            reason = str(error)
+    reason = broadcast(reason)
+    if reason is not None:
+        raise ValueError(f"--output {run.folder!r} cannot be written: {reason}")
 
 
 def announce(reporter: Reporter, engine: Any, run: Run, stage: Stage, first_step: int, batch_norm: str) -> None:

@@ -117,7 +117,7 @@ class TrainingLoop:
         """Accumulates one global batch and steps; False if a stop was asked for before the step was taken."""
         engine, plan = self.engine, self.plan
         # dropout depends on seed, step and rank alone, so that a resumed run draws what the first would have
-        torch.manual_seed((plan.section["seed"] * 1_000_003 + self._total(step)) * 65_537 + self.rank)
+        torch.manual_seed(((plan.section["seed"] * 1_000_003 + self._total(step)) * 65_537 + self.rank) % 2**63)
         lr = engine.get_lr()[0]
         engine.train()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -257,4 +257,4 @@ class TrainingLoop:
 
 def crosses(step: int, interval: float) -> bool:
     """Whether a multiple of the interval (in steps, may be a fraction) lies in (step - 1, step]."""
-    return int(step / interval + 1e-9) > int((step - 1) / interval + 1e-9)
+    return interval < 1 or int(step / interval + 1e-9) > int((step - 1) / interval + 1e-9)

@@ -87,4 +87,10 @@ def build_model(
     if name.startswith(TORCHVISION):
         name = name.removeprefix(TORCHVISION)
         return torchvision_classifier.build(name, image_shape=image_shape, num_classes=num_classes, options=options)
-    return BUILDERS[name](image_shape=image_shape, num_classes=num_classes, **options)
+    try:
+        return BUILDERS[name](image_shape=image_shape, num_classes=num_classes, **options)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(
+            f"largebatch.model {name!r} cannot be built for images of {image_shape} and {num_classes} classes with "
+            f"model_options {options}: {error}"
+        ) from error

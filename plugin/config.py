@@ -21,9 +21,13 @@ class UnknownOptionError(TypeError, ValueError):
     """A name that is not an option; both a TypeError (as Python's own) and a ValueError."""
 
 
-def nearest_hint(name: str, known: Sequence[str]) -> str:
-    """`` (did you mean 'x'?)``, or nothing if no known name is near."""
-    near = difflib.get_close_matches(str(name).lower(), list(known), n=1, cutoff=0.6)
+def nearest_hint(name: str, known: Sequence[str], *, nearness: float = 0.6) -> str:
+    """`` (did you mean 'x'?)``, or nothing if no known name is near.
+
+    Args:
+        nearness: difflib's ratio, 1 for equal names.
+    """
+    near = difflib.get_close_matches(str(name).lower(), list(known), n=1, cutoff=nearness)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
@@ -35,7 +39,30 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def is_finite(value: Any) -> bool:
+    """Whether a number is one that fp64 holds: not NaN, not infinite, no integer of 400 digits."""
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:
+        return False
+
+
 Check = Callable[[str, Any], None]
+
+
+def integer(minimum: int, *, or_auto: bool = False) -> Check:
+    """Of at most 64 bits; 2.0 is none."""
+    expected = f"an integer >= {minimum}" + (', or "auto"' if or_auto else "")
+
+    def check(name: str, value: Any) -> None:
+        if or_auto and value == "auto":
+            return
+        if value == "auto":
+            reject(name, value, f"{expected}; 'auto' is filled in by launch/train.py, elsewhere write the number")
+        if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value < 2**63:
+            reject(name, value, expected)
+
+    return check
 
 
 def number(expected: str, allowed: Callable[[float], bool], *, or_tensor: bool = False, or_none: bool = False) -> Check:
@@ -46,7 +73,7 @@ def number(expected: str, allowed: Callable[[float], bool], *, or_tensor: bool =
             reject(name, value, f"{expected}; 'auto' is filled in by launch/train.py, elsewhere write the number")
         if not is_number(value):
             reject(name, value, expected, TypeError)
-        if not (math.isfinite(value) and allowed(value)):
+        if not (is_finite(value) and allowed(value)):
             reject(name, value, expected)
 
     return check
@@ -224,13 +251,18 @@ CHECKS: dict[str, Check] = {
 }
 
 
+LONGEST_LIST = 30
+"""Names that a message lists beside the nearest."""
+
+
 def check_option_names(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-    """Raises UnknownOptionError for a name that is not in ``known``, listing the nearest and all known ones."""
+    """Raises UnknownOptionError for a name that is not in ``known``, with the nearest, and all known ones if they are not many."""
     for name in given:
         if name not in known:
-            raise UnknownOptionError(
-                f"{where}.{name} is not known{nearest_hint(name, known)}; known: {', '.join(sorted(known))}"
-            )
+            hint = nearest_hint(name, known)
+            are_listed = len(known) <= LONGEST_LIST or not hint
+            listed = f"; known: {', '.join(sorted(known))}" if are_listed else f"; {len(known)} others are known"
+            raise UnknownOptionError(f"{where}.{name} is not known{hint}{listed}")
 
 
 def check_preset(name: Any, known: Sequence[str], optimizer: str) -> None:

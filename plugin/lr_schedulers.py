@@ -13,7 +13,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from largebatch import schedule
-from largebatch.config import is_number
+from largebatch.config import is_finite, is_number
 
 
 def torch_optimizer(optimizer: Any) -> Optimizer:
@@ -38,14 +38,14 @@ def in_steps(name: str, steps: Any, epochs: Any, steps_per_epoch: Any, default: 
                 f"scheduler.params.{key} is 'auto', which launch/train.py fills in; write the number. Hugging Face's Trainer "
                 "and Accelerate fill in total_num_steps and warmup_num_steps"
             )
-        if value is not None and (not is_number(value) or value < 0):
+        if value is not None and (not is_number(value) or not is_finite(value) or not 0 <= value < 2**63):
             raise ValueError(f"scheduler.params.{key} is {value!r}; expected a number >= 0")
     if steps is not None and epochs is not None:
         raise ValueError(f"scheduler.params has both {name}_steps and {name}_epochs; give one of them")
     if steps is not None:
         return round(steps)
     if epochs is not None:
-        if not is_number(steps_per_epoch) or not steps_per_epoch > 0:
+        if not is_number(steps_per_epoch) or not is_finite(steps_per_epoch) or not steps_per_epoch > 0:
             raise ValueError(
                 f"scheduler.params.{name}_epochs is {epochs!r} and steps_per_epoch is {steps_per_epoch!r}; expected a "
                 f"number > 0 (data set size / global batch; launch/train.py fills in 'auto'), or give {name}_steps"
@@ -134,7 +134,7 @@ class WarmupDecayLR(FactorLR):
     def __init__(self, optimizer, warmup_steps, warmup_epochs, warmup_start_factor, warmup_power, steps_per_epoch):
         self.num_warmup_steps = in_steps("warmup", warmup_steps, warmup_epochs, steps_per_epoch, default=0)
         self.warmup_start_factor = share_of_peak("warmup_start_factor", warmup_start_factor)
-        if not is_number(warmup_power) or warmup_power <= 0:
+        if not is_number(warmup_power) or not is_finite(warmup_power) or warmup_power <= 0:
             raise ValueError(f"scheduler.params.warmup_power is {warmup_power!r}; expected a number > 0")
         self.warmup_power = warmup_power
         super().__init__(optimizer)
@@ -190,7 +190,7 @@ class WarmupPolyLR(WarmupDecayLR):
         total_steps = under_one_name("total", total_steps, total_num_steps)
         warmup_steps = under_one_name("warmup", warmup_steps, warmup_num_steps)
         self.num_steps = in_steps("total", total_steps, total_epochs, steps_per_epoch, default=None)
-        if not is_number(power) or power < 0:
+        if not is_number(power) or not is_finite(power) or power < 0:
             raise ValueError(f"scheduler.params.power is {power!r}; expected a number >= 0")
         if decay_from not in ("warmup", "start"):
             raise ValueError(f"scheduler.params.decay_from is {decay_from!r}; expected 'warmup' or 'start'")
@@ -264,8 +264,13 @@ class WarmupStepLR(WarmupDecayLR):
         warmup_steps = under_one_name("warmup", warmup_steps, warmup_num_steps)
         if (milestone_steps is None) == (milestone_epochs is None):
             raise ValueError("scheduler.params needs either milestone_steps or milestone_epochs")
-        if not is_number(gamma) or gamma <= 0:
+        if not is_number(gamma) or not is_finite(gamma) or gamma <= 0:
             raise ValueError(f"scheduler.params.gamma is {gamma!r}; expected a number > 0")
+        for name, milestones in (("milestone_steps", milestone_steps), ("milestone_epochs", milestone_epochs)):
+            if milestones is not None and not isinstance(milestones, (list, tuple)):
+                raise ValueError(
+                    f"scheduler.params.{name} is {milestones!r}; expected a list of numbers >= 0, ascending"
+                )
         if milestone_steps is not None:
             lengths = [(milestone, None) for milestone in milestone_steps]
         else:

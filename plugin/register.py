@@ -6,6 +6,8 @@ What is changed, and why there is no public door for it (DeepSpeed 0.19.8):
   ``step()``; set to a name that no JSON can have, so that "LAMB" in any spelling is ours.
 - ``zero.utils.ZERO_SUPPORTED_OPTIMIZERS``: our classes are added, so that ZeRO needs no "untested" flag for them;
   so is torch.optim.SGD, the papers' baseline: it is elementwise, and so exact however the parameters are cut.
+- ``deepspeed.initialize``: checks a ds_config that names one of our optimizers before DeepSpeed reads it, and says in one
+  line what DeepSpeed refuses with an error from deep inside (see largebatch.engine_config).
 - ``DeepSpeedEngine._configure_basic_optimizer``: builds our classes from their names, and for "Adagrad" one with torch's
   numbers that keeps its param groups under ZeRO (see largebatch.baselines).
 - ``DeepSpeedEngine._do_optimizer_sanity_check``, ``_configure_optimizer``: before and after the engine wraps an
@@ -22,15 +24,18 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import logging
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from largebatch import baselines, loss_scale
 from largebatch.checkpoint.engine_methods import loading_any_layout, saving_layout
+from largebatch.engine_config.arguments import check_arguments, in_our_words, is_answer
 from largebatch.layer_map.tensor_parallel import read_cuts
 from largebatch.layer_map.zero import TESTED_DEEPSPEED, read_layout
 from largebatch.lr_schedulers import SCHEDULERS
@@ -88,6 +93,7 @@ def register() -> None:
         setattr(modules["deepspeed.runtime.lr_schedules"], name, scheduler)
         modules["deepspeed.runtime.lr_schedules"].VALID_LR_SCHEDULES.append(name)
     wrap_engine(engine_class)
+    deepspeed.initialize = checked(deepspeed.initialize)
     engine_class._largebatch_is_registered = True
     is_tested = deepspeed.__version__.split("+")[0] in TESTED_DEEPSPEED
     logger.info(
@@ -118,6 +124,24 @@ def check_internals(modules: dict[str, Any]) -> type:
             f"DeepSpeed {', '.join(TESTED_DEEPSPEED)}. Install one of these, or use largebatch.LARS and LAMB without register()"
         )
     return engine_class
+
+
+def checked(initialize: Callable[..., Any]) -> Callable[..., Any]:
+    """deepspeed.initialize behind our checks."""
+    signature = inspect.signature(initialize)
+
+    @functools.wraps(initialize)
+    def checked_initialize(*args, **kwargs):
+        arguments = signature.bind_partial(*args, **kwargs).arguments
+        is_ours = check_arguments(arguments, OPTIMIZERS)
+        try:
+            return initialize(*args, **kwargs)
+        except Exception as error:
+            if not is_ours or not is_answer(error):
+                raise
+            raise in_our_words(error) from error
+
+    return checked_initialize
 
 
 def wrap_engine(engine_class: type) -> None:

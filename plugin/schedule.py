@@ -14,6 +14,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from largebatch.config import is_finite, is_number
+
 
 def scaled_lr(rule: str, *, base_lr: float, base_batch: int, global_batch: int) -> float:
     """The peak learning rate of a batch from that of another.
@@ -24,11 +26,11 @@ def scaled_lr(rule: str, *, base_lr: float, base_batch: int, global_batch: int) 
         global_batch: samples a step, >= 1.
     """
     for name, value in (("base_lr", base_lr), ("base_batch", base_batch), ("global_batch", global_batch)):
-        if not isinstance(value, (int, float)) or not value > 0:
+        if not is_number(value) or not is_finite(value) or not value > 0:
             raise ValueError(f"lr_scaling.{name} is {value!r}; expected a number > 0")
     ratio = global_batch / base_batch
     factors = {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}
-    if rule not in factors:
+    if not isinstance(rule, str) or rule not in factors:
         raise ValueError(f"lr_scaling.rule is {rule!r}; expected one of {', '.join(map(repr, factors))}")
     return base_lr * factors[rule]
 

@@ -6,6 +6,7 @@ renamed. What has no manifest, or not what the manifest says, is damaged and nev
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -69,10 +70,13 @@ def write_manifest(checkpoint: str, files: dict[str, dict[str, Any]], **facts: A
 
 def read_manifest(checkpoint: str) -> dict[str, Any] | None:
     """None where there is none that can be read."""
+    path = os.path.join(checkpoint, MANIFEST)
     try:
-        with open(os.path.join(checkpoint, MANIFEST), encoding="utf-8") as file:
+        if not os.path.isfile(path):  # a pipe would be waited for
+            return None
+        with open(path, encoding="utf-8") as file:
             manifest = json.load(file)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+    except (OSError, ValueError, RecursionError):
         return None
     return manifest if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) else None
 
@@ -83,11 +87,23 @@ def faults(checkpoint: str, part: int = 0, num_parts: int = 1) -> list[str]:
     if manifest is None:
         return [f"{MANIFEST} is missing or unreadable"]
     wrong = []
+    if part == 0:
+        if os.path.basename(checkpoint) not in (
+            name_of(manifest.get("step")),
+            f"{name_of(manifest.get('step'))}.partial",
+        ):
+            wrong.append(f"{MANIFEST} is of step {manifest.get('step')!r}")
+        if not manifest["files"]:
+            wrong.append(f"{MANIFEST} lists no files")
+        unlisted = [name for name in files_in(checkpoint) if name not in manifest["files"]]
+        wrong += [f"{name} is not in {MANIFEST}" for name in unlisted]
     for name in share_of(sorted(manifest["files"]), part, num_parts):
         path, expected = os.path.join(checkpoint, name), manifest["files"][name]
         try:
             size = os.path.getsize(path)
-            if size != expected["bytes"]:
+            if not os.path.isfile(path):
+                wrong.append(f"{name} is no file")
+            elif size != expected["bytes"]:
                 wrong.append(f"{name} has {size} bytes, not {expected['bytes']}")
             elif checksum(path) != expected["sha256"]:
                 wrong.append(f"{name} has another checksum than when it was written")
@@ -142,11 +158,16 @@ def remove_unfinished(folder: str) -> None:
 def write_text(path: str, text: str) -> None:
     """A small file, whole or not at all."""
     temporary = f"{path}.partial"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
 
 
 def sync(path: str) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from largebatch.checkpoint.agreement import gathered
+from largebatch.engine_config.arguments import is_raised_by
 from largebatch.launch.checkpoints import files
 from largebatch.launch.checkpoints.storage import storage_of
+from largebatch.launch.lost_ranks import is_lost_rank
 from largebatch.launch.running_statistics import load_own
 
 
@@ -47,12 +51,29 @@ def load(engine: Any, folder: str, step: int, *, rank: int) -> None:
     """Restores a checkpoint that newest_whole has named: weights, optimizer, schedule, loss scale. At any layout.
 
     Raises:
-        ValueError: it was written by another program.
+        ValueError: it was written by another program, or it is of another model or optimizer.
     """
-    path, client_state = engine.load_checkpoint(folder, tag=files.name_of(step))
+    with read_errors(folder, step):
+        path, client_state = engine.load_checkpoint(folder, tag=files.name_of(step))
     if path is None or client_state.get("largebatch_step") != step:
         raise ValueError(f"--resume: the checkpoint in {folder!r} was not written by launch/train.py")
     load_own(engine.module, os.path.join(folder, files.name_of(step)), rank)
+
+
+@contextlib.contextmanager
+def read_errors(folder: str, step: int) -> Iterator[None]:
+    """Says in one line which checkpoint cannot be taken, whatever torch or DeepSpeed found wrong with it."""
+    try:
+        yield
+    except Exception as error:
+        if is_lost_rank(error) or is_raised_by(error, ("largebatch",)):
+            raise
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"--resume: the checkpoint {os.path.join(folder, files.name_of(step))!r} cannot be taken into this model and optimizer: "
+            f"{type(error).__name__}: {reason[:400]}{'...' if len(reason) > 400 else ''}. Resume with the recipe and the settings "
+            "with which it was written"
+        ) from error
 
 
 def load_for_next_stage(engine: Any, folder: str, step: int, *, rank: int) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from largebatch.config import UnknownOptionError, boolean, nearest_hint, one_of, reject
+from largebatch.config import Check, UnknownOptionError, boolean, integer, nearest_hint, one_of, reject
 
 DATA_SETS = ("digits", "mnist", "cifar10", "imagenet", "synthetic", "text")
 
@@ -20,38 +19,28 @@ AUGMENTATIONS: dict[str, tuple[str, ...]] = {
 """See inputs/augmentation.py."""
 
 
-def whole(minimum: int, or_auto: bool = False) -> Callable[[str, Any], None]:
-    def check(name: str, value: Any) -> None:
-        if or_auto and value == "auto":
-            return
-        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-            reject(name, value, f"an integer >= {minimum}" + (', or "auto"' if or_auto else ""))
-
-    return check
-
-
 def image_shape(name: str, value: Any) -> None:
     is_shape = isinstance(value, (list, tuple)) and len(value) == 3
     if not is_shape or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in value):
         reject(name, value, "[channels, height, width], integers >= 1")
 
 
-DEFAULTS: dict[str, dict[str, tuple[Any, Callable[[str, Any], None]]]] = {
-    "digits": {"normalize": (True, boolean), "held_out": (0, whole(0))},
-    "mnist": {"normalize": (True, boolean), "held_out": (0, whole(0))},
-    "cifar10": {"normalize": (True, boolean), "held_out": (0, whole(0))},
+DEFAULTS: dict[str, dict[str, tuple[Any, Check]]] = {
+    "digits": {"normalize": (True, boolean), "held_out": (0, integer(0))},
+    "mnist": {"normalize": (True, boolean), "held_out": (0, integer(0))},
+    "cifar10": {"normalize": (True, boolean), "held_out": (0, integer(0))},
     "imagenet": {
-        "image_size": (224, whole(1)),
-        "resize_size": ("auto", whole(1, or_auto=True)),
-        "workers": ("auto", whole(0, or_auto=True)),
-        "prefetch": (2, whole(1)),
+        "image_size": (224, integer(1)),
+        "resize_size": ("auto", integer(1, or_auto=True)),
+        "workers": ("auto", integer(0, or_auto=True)),
+        "prefetch": (2, integer(1)),
         "on_corrupt": ("replace", one_of("replace", "error")),
     },
     "synthetic": {
-        "num_samples": (1_281_167, whole(1)),
-        "num_test_samples": (50_000, whole(1)),
+        "num_samples": (1_281_167, integer(1)),
+        "num_test_samples": (50_000, integer(1)),
         "image_shape": ([3, 224, 224], image_shape),
-        "num_classes": (1000, whole(2)),
+        "num_classes": (1000, integer(2)),
     },
 }
 """Data set -> option -> (default, check).

@@ -68,9 +68,49 @@ def test_a_manifest_with_broken_entries(tmp_path, entry):
     checkpoint = written(tmp_path)
     manifest = files.read_manifest(str(checkpoint))
     manifest["files"]["a.pt"] = entry
-    files.write_manifest(str(checkpoint), manifest["files"])
+    files.write_manifest(str(checkpoint), manifest["files"], step=3)
     (fault,) = files.faults(str(checkpoint))
     assert fault.startswith("a.pt ")
+
+
+@pytest.mark.parametrize("name", [files.MANIFEST, "a.pt"])
+@pytest.mark.parametrize("target", ["/dev/zero", "/nonexistent", "a pipe", "a folder"])
+def test_what_is_no_file_is_a_fault_and_is_not_read(tmp_path, name, target):
+    """A pipe would be waited for, a device read for ever."""
+    path = written(tmp_path) / name
+    path.unlink()
+    if target == "a pipe":
+        os.mkfifo(path)
+    elif target == "a folder":
+        path.mkdir()
+    else:
+        path.symlink_to(target)
+    (fault,) = files.faults(str(path.parent))
+    assert fault.startswith(name)
+
+
+def test_a_manifest_of_another_checkpoint(tmp_path):
+    checkpoint = written(tmp_path)
+    os.rename(checkpoint, tmp_path / "step30")
+    assert files.faults(str(tmp_path / "step30")) == ["manifest.json is of step 3"]
+
+
+def test_files_that_no_manifest_lists(tmp_path):
+    """What is not compared with a checksum is not loaded either."""
+    checkpoint = written(tmp_path)
+    manifest = files.read_manifest(str(checkpoint))
+    del manifest["files"]["deep/c.pt"]
+    files.write_manifest(str(checkpoint), manifest["files"], step=3)
+    assert files.faults(str(checkpoint)) == ["deep/c.pt is not in manifest.json"]
+    files.write_manifest(str(checkpoint), {}, step=3)
+    assert files.faults(str(checkpoint))[0] == "manifest.json lists no files"
+
+
+def test_a_small_file_that_cannot_be_put_in_place_leaves_nothing(tmp_path):
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(OSError):
+        files.write_text(str(tmp_path / "a.json"), "text")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_only_finished_checkpoints_are_listed(tmp_path):
@@ -85,7 +125,7 @@ def test_only_finished_checkpoints_are_listed(tmp_path):
 
 
 def test_finishing_renames_and_the_pointer_is_replaced_at_once(tmp_path):
-    checkpoint = written(tmp_path)
+    checkpoint = written(tmp_path, 4)
     os.rename(checkpoint, tmp_path / "step4.partial")
     files.finish(str(tmp_path / "step4.partial"), str(tmp_path / "step4"))
     files.point_to(str(tmp_path), 3)

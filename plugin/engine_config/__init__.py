@@ -1,0 +1,69 @@
+"""The part of a ds_config that DeepSpeed reads, checked before it does, with errors in the user's terms.
+
+DeepSpeed ignores unknown top-level keys, takes "no" for true, and answers many wrong values from deep inside, or not at all.
+Here its own models (pydantic) decide where it has them (models.py); for the entries that it only looks up, tables do
+(tables.py); and what has to agree is compared (combinations.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from largebatch.config import UnknownOptionError, nearest_hint
+from largebatch.engine_config.combinations import (
+    check_batches,
+    check_monitors,
+    check_offload,
+    check_precision,
+    check_scheduler,
+)
+from largebatch.engine_config.models import check_model, models
+from largebatch.engine_config.tables import SECTIONS, TOP_LEVEL, check_entries, section
+
+MISSPELT = 0.85
+"""Nearness (difflib's ratio) from which on a key is taken for a misspelt one: "comment" is not "comet"."""
+
+
+def check_engine_config(config: Mapping[str, Any], *, world_size: int | None, is_closed: bool = False) -> None:
+    """Refuses what DeepSpeed would ignore, misread, or answer with an error of its own.
+
+    Args:
+        config: a ds_config; "auto" is allowed where DeepSpeed takes it for its default.
+        world_size: of data parallelism, with which the batch has to agree; None: not known.
+        is_closed: refuse every unknown top-level key, not only those that are near a known one.
+
+    Raises:
+        ValueError, TypeError: naming the entry, its value and what is allowed.
+    """
+    known_models = models()
+    known = {*TOP_LEVEL, *SECTIONS, *known_models, "weight_quantization"} - {"timers.throughput"}
+    for key, value in config.items():
+        check_top_level_key(key, sorted(known), is_closed)
+        if key in TOP_LEVEL:
+            TOP_LEVEL[key](key, value)
+        if key in SECTIONS:
+            section(key, value)
+            check_entries(key, value, SECTIONS[key])
+        if key in known_models:
+            check_model(key, value, known_models[key])
+    timers = config.get("timers", {})
+    check_entries("timers", timers, {"throughput": section})
+    if "throughput" in timers:
+        check_model("timers.throughput", timers["throughput"], known_models["timers.throughput"])
+    check_batches(config, world_size)
+    check_precision(config)
+    check_offload(config)
+    check_monitors(config)
+    check_scheduler(config)
+
+
+def check_top_level_key(key: str, known: list[str], is_closed: bool) -> None:
+    from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS as REMOVED
+
+    if key in REMOVED:
+        raise ValueError(f"{key} is no longer a key of DeepSpeed's: {REMOVED[key]}")
+    if key not in known and (is_closed or nearest_hint(key, known, nearness=MISSPELT)):
+        raise UnknownOptionError(
+            f"{key!r} is not a key of a ds_config{nearest_hint(key, known)}; known: {', '.join(known)}"
+        )
