@@ -13,7 +13,7 @@ from support.problems import relative_error
 BOUND = 3e-6
 
 LAYOUTS = [(world_size, stage) for world_size in (1, 2, 3, 4) for stage in (0, 1, 2, 3)]
-PAIRS = random.Random(6).sample([(a, b) for a in LAYOUTS for b in LAYOUTS], 24)
+PAIRS = random.Random(6).sample([(a, b) for a in LAYOUTS for b in LAYOUTS], 16)
 """Of all 256, which benchmarks/checkpoint_matrix.py runs."""
 
 
@@ -80,16 +80,21 @@ OTHERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("algorithm", ["LARS", "LAMB", "NLAMB", "NNLAMB"])
-@pytest.mark.parametrize("pair", OTHERS, ids=lambda p: f"{p[0]}-to-{p[1]}".replace(" ", ""))
+ALGORITHMS = ("LARS", "LAMB", "NLAMB", "NNLAMB")
+CASES = [(pair, ALGORITHMS[(i + j) % 4]) for j in (0, 2) for i, pair in enumerate(OTHERS)]
+"""Each pair with two of the four; the matrix draws the rest."""
+
+
+@pytest.mark.parametrize("pair, algorithm", CASES, ids=lambda p: f"{p}".replace(" ", ""))
 def test_precisions_offload_and_cuts(rank_pool, saved, pair, algorithm):
+    """Into a fresh engine with LARS and LAMB, into one that has trained already with the others."""
     (save_ranks, save_layout), (ranks, layout) = pair
     folder, tag, _ = saved(algorithm, save_ranks, num_groups=2, **save_layout)
-    for num_ahead in (0, 2):
-        resumed = rank_pool.run(
-            ranks, checkpoint_runs.resume_at, algorithm, layout, folder, tag, num_groups=2, num_ahead=num_ahead
-        )
-        check_resumed(resumed, algorithm, num_groups=2)
+    num_ahead = 0 if algorithm in ("LARS", "LAMB") else 2
+    resumed = rank_pool.run(
+        ranks, checkpoint_runs.resume_at, algorithm, layout, folder, tag, num_groups=2, num_ahead=num_ahead
+    )
+    check_resumed(resumed, algorithm, num_groups=2)
 
 
 BASELINES = {
