@@ -37,7 +37,7 @@ def check_engine_config(config: Mapping[str, Any], *, world_size: int | None, is
         ValueError, TypeError: naming the entry, its value and what is allowed.
     """
     known_models = models()
-    known = {*TOP_LEVEL, *SECTIONS, *known_models, "weight_quantization"} - {"timers.throughput"}
+    known = {*TOP_LEVEL, *SECTIONS, *known_models} - {"timers.throughput"}
     for key, value in config.items():
         check_top_level_key(key, sorted(known), is_closed)
         if key in TOP_LEVEL:

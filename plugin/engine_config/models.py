@@ -14,6 +14,7 @@ def models() -> dict[str, type]:
     """Section -> DeepSpeed's model of it."""
     from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.compile.config import CompileConfig
+    from deepspeed.inference.config import WeightQuantConfig
     from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
     from deepspeed.runtime.config import HybridEngineConfig
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
@@ -34,6 +35,7 @@ def models() -> dict[str, type]:
         "compile": CompileConfig,
         "hybrid_engine": HybridEngineConfig,
         "tensor_parallel": TPTrainingConfig,
+        "weight_quantization": WeightQuantConfig,
         "timers.throughput": DeepSpeedThroughputTimerConfig,
     }
 

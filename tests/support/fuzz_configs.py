@@ -134,7 +134,7 @@ def drop_key(rng, config):
 
 def misspell(rng, config):
     path = any_path(rng, config, lambda value: True)
-    if not isinstance(path[-1], str):
+    while not isinstance(path[-1], str):
         path = path[:-1]
     section = at(config, path[:-1])
     wrong = misspelt(rng, path[-1])

@@ -47,6 +47,7 @@ def test_what_is_right():
         ({"amp": {"enabled": True}}, "amp is no longer a key of DeepSpeed's"),
         ({"zero_optimization.mics_shard_size": 2}, "zero_optimization.mics_shard_size is no longer a key of DeepSpeed's"),
         ({"zero_optimization": {"stage": 3, "compute_grad_norm": False}}, "zero_optimization is {'stage': 3, 'compute_grad_norm': False}; compute_grad_norm=false"),
+        ({"weight_quantization": {"x": 1}}, "weight_quantization.x is not known"),
         ({"zero_optimization": True}, "zero_optimization is True; expected a section"),
         ({"zero_optimization.stage": 4}, "zero_optimization.stage is 4; expected one of 0, 1, 2, 3"),
         ({"zero_optimization.stage": "2"}, "zero_optimization.stage is '2'; expected one of 0"),
