@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from largebatch.engine_config.files import read_json
+from largebatch.kernels.dispatch import UnavailableKernelsError
 from largebatch.launch import exit_codes, lost_ranks, run_lock
 from largebatch.launch.arguments import apply_overrides, parse_arguments, read_recipe
 from largebatch.launch.checkpoints import files, loading, saving
@@ -85,6 +86,9 @@ def main(argv: list[str] | None = None) -> int:
             outcome = loop.run(first_step)
         except UnreadableImageError as error:
             return refuse(error, is_of_one_rank=True)
+        except UnavailableKernelsError as error:  # the first step chooses them, once it sees the tensors
+            reporter.close()
+            return refuse(error)
         except saving.CheckpointNotWrittenError as error:
             reporter.close()
             if run.rank == 0:

@@ -8,6 +8,7 @@ What is changed, and why there is no public door for it (DeepSpeed 0.19.8):
   so is torch.optim.SGD, the papers' baseline: it is elementwise, and so exact however the parameters are cut.
 - ``deepspeed.initialize``: checks a ds_config that names one of our optimizers before DeepSpeed reads it, and says in one
   line what DeepSpeed refuses with an error from deep inside (see largebatch.engine_config).
+- ``DeepSpeedConfig._do_warning_check``: ``"max_grad_norm": null`` is no error.
 - ``DeepSpeedEngine._configure_basic_optimizer``: builds our classes from their names, and for "Adagrad" one with torch's
   numbers that keeps its param groups under ZeRO (see largebatch.baselines).
 - ``DeepSpeedEngine._do_optimizer_sanity_check``, ``_configure_optimizer``: before and after the engine wraps an
@@ -51,7 +52,7 @@ OPTIMIZERS: dict[str, type[LayerwiseOptimizer]] = {cls.__name__.lower(): cls for
 UNREACHABLE_NAME = "deepspeed's own lamb, replaced by largebatch"
 
 REQUIRED_INTERNALS = {
-    "deepspeed.runtime.config": ("DEEPSPEED_OPTIMIZERS",),
+    "deepspeed.runtime.config": ("DEEPSPEED_OPTIMIZERS", "DeepSpeedConfig"),
     "deepspeed.runtime.engine": ("DEEPSPEED_OPTIMIZERS", "LAMB_OPTIMIZER", "DeepSpeedEngine"),
     "deepspeed.runtime.zero.utils": ("ZERO_SUPPORTED_OPTIMIZERS",),
     "deepspeed.runtime.lr_schedules": ("get_torch_optimizer", "VALID_LR_SCHEDULES"),
@@ -94,6 +95,7 @@ def register() -> None:
         modules["deepspeed.runtime.lr_schedules"].VALID_LR_SCHEDULES.append(name)
     wrap_engine(engine_class)
     deepspeed.initialize = checked(deepspeed.initialize)
+    allow_no_max_grad_norm(modules["deepspeed.runtime.config"].DeepSpeedConfig)
     engine_class._largebatch_is_registered = True
     is_tested = deepspeed.__version__.split("+")[0] in TESTED_DEEPSPEED
     logger.info(
@@ -142,6 +144,21 @@ def checked(initialize: Callable[..., Any]) -> Callable[..., Any]:
             raise in_our_words(error) from error
 
     return checked_initialize
+
+
+def allow_no_max_grad_norm(config_class: type) -> None:
+    """Lets ``"max_grad_norm": null`` pass, which switches a preset's own clip off: DeepSpeed compares it with 0."""
+    check = config_class._do_warning_check
+
+    @functools.wraps(check)
+    def _do_warning_check(self):
+        given = self.optimizer_params
+        if given is not None and given.get("max_grad_norm", 0) is None:
+            self.optimizer_params = {name: value for name, value in given.items() if name != "max_grad_norm"}
+        check(self)
+        self.optimizer_params = given
+
+    config_class._do_warning_check = _do_warning_check
 
 
 def wrap_engine(engine_class: type) -> None:
