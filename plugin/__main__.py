@@ -22,10 +22,22 @@ Registers the JSON types LARS, LAMB, NLAMB, NNLAMB with DeepSpeed and runs SCRIP
 COMMANDS = {
     "doctor": ("largebatch.launch.doctor_command", "checks this machine, or all nodes of a hostfile, before a run"),
     "recipes": ("largebatch.launch.recipes_command", "lists, filters and prints the recipes in ds_configs"),
-    "plan": ("largebatch.launch.plan_command", "micro-batch, memory, communication and time of a large batch; writes a ds_config"),
-    "run": ("largebatch.launch.run_command", "starts deepspeed, and again from the newest checkpoint whenever the run dies"),
-    "convert": ("largebatch.launch.convert_command", "a checkpoint as plain PyTorch or back; optimizer state of other packages"),
-    "study": ("largebatch.launch.study_command", "trains a grid of optimizers, batches and seeds; writes table and plots"),
+    "plan": (
+        "largebatch.launch.plan_command",
+        "micro-batch, memory, communication and time of a large batch; writes a ds_config",
+    ),
+    "run": (
+        "largebatch.launch.run_command",
+        "starts deepspeed, and again from the newest checkpoint whenever the run dies",
+    ),
+    "convert": (
+        "largebatch.launch.convert_command",
+        "a checkpoint as plain PyTorch or back; optimizer state of other packages",
+    ),
+    "study": (
+        "largebatch.launch.study_command",
+        "trains a grid of optimizers, batches and seeds; writes table and plots",
+    ),
 }
 """Name -> (module with ``main(argv) -> exit code``, what it does). Imported only when named."""
 
@@ -43,7 +55,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if rest else 2
     script = rest[0]
     if not os.path.isfile(script):
-        print(f"largebatch: error: {script!r} is not a file; expected the path of a Python script, or one of {', '.join(COMMANDS)}", file=sys.stderr)
+        print(
+            f"largebatch: error: {script!r} is not a file; expected the path of a Python script, or one of {', '.join(COMMANDS)}",
+            file=sys.stderr,
+        )
         return 2
     register()
     sys.argv = [script, *launcher_arguments, *rest[1:]]

@@ -73,6 +73,8 @@ def number(expected: str, allowed: Callable[[float], bool], *, or_tensor: bool =
             reject(name, value, f"{expected}; 'auto' is filled in by launch/train.py, elsewhere write the number")
         if not is_number(value):
             reject(name, value, expected, TypeError)
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            reject(name, value, f"{expected}; torch takes no integer beyond 64 bits, write it as 1e30")
         if not (is_finite(value) and allowed(value)):
             reject(name, value, expected)
 

@@ -17,6 +17,7 @@ from largebatch.engine_config.combinations import (
     check_offload,
     check_precision,
     check_scheduler,
+    check_stage,
 )
 from largebatch.engine_config.models import check_model, models
 from largebatch.engine_config.tables import SECTIONS, TOP_LEVEL, check_entries, section
@@ -52,6 +53,7 @@ def check_engine_config(config: Mapping[str, Any], *, world_size: int | None, is
     if "throughput" in timers:
         check_model("timers.throughput", timers["throughput"], known_models["timers.throughput"])
     check_batches(config, world_size)
+    check_stage(config)
     check_precision(config)
     check_offload(config)
     check_monitors(config)

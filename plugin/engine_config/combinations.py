@@ -64,6 +64,13 @@ def check_precision(config: Mapping[str, Any]) -> None:
         reject("fp16.initial_scale_power", config["fp16"]["initial_scale_power"], "a whole number from 0 to 1023")
 
 
+def check_stage(config: Mapping[str, Any]) -> None:
+    if config.get("zero_optimization", {}).get("legacy_stage1") is True:
+        raise ValueError(
+            "zero_optimization.legacy_stage1 is true; expected false: DeepSpeed no longer has it. Leave it out"
+        )
+
+
 def stage_of(config: Mapping[str, Any]) -> int:
     stage = config.get("zero_optimization", {}).get("stage", 0)
     return 0 if stage == "auto" else stage

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,6 +47,14 @@ def any_case(*choices: str) -> Check:
 
 
 COUNT = integer(1)
+
+
+def count_or_never(name: str, value: Any) -> None:
+    """Accelerate writes infinity for "never"."""
+    if value != math.inf:
+        COUNT(name, value)
+
+
 DTYPE = one_of("fp32", "fp16", "bf16")
 
 TOP_LEVEL: dict[str, Check] = {
@@ -57,7 +66,7 @@ TOP_LEVEL: dict[str, Check] = {
     "gradient_accumulation_steps": COUNT,
     "managed_gradient_accumulation": boolean,
     "gradient_clipping": number("a number >= 0; 0 is off", lambda x: x >= 0),
-    "steps_per_print": or_none(COUNT),
+    "steps_per_print": or_none(count_or_never),
     "communication_data_type": or_none(any_case("fp32", "fp16", "bf16")),
     "seq_parallel_communication_data_type": or_none(any_case("fp32", "fp16", "bf16")),
     "prescale_gradients": boolean,
@@ -104,6 +113,7 @@ SECTIONS: dict[str, dict[str, Check]] = {
         "block_size": COUNT,
         "queue_depth": COUNT,
         "intra_op_parallelism": COUNT,
+        "thread_count": COUNT,  # Lightning 2.6 still writes intra_op_parallelism's older name; DeepSpeed ignores it
         "single_submit": boolean,
         "overlap_events": boolean,
         "use_gds": boolean,

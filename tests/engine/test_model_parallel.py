@@ -89,4 +89,6 @@ def test_experts_step_alike_whole_and_sharded(tmp_path):
             assert sharded_ratios == pytest.approx(ratios, rel=1e-5)
     first, second = whole[0][-1][1], whole[1][-1][1]
     expert = next(name for name in first if "deepspeed_experts.0.weight" in name)
-    assert first[expert] != second[expert] == whole[3][-1][1][expert]  # different experts; the same one on ranks 1 and 3
+    assert (
+        first[expert] != second[expert] == whole[3][-1][1][expert]
+    )  # different experts; the same one on ranks 1 and 3

@@ -58,9 +58,7 @@ def step_sharded(algorithm, layout, kernels, num_steps=NUM_STEPS):
             grad = torch.tensor(grad, dtype=torch.float32)
             parameter.grad = distribute_tensor(grad, mesh, placements(grad.shape))
         optimizer.step()
-    assert all(
-        isinstance(v, DTensor) for p in parameters for name, v in optimizer.state[p].items() if name != "step"
-    )
+    assert all(isinstance(v, DTensor) for p in parameters for name, v in optimizer.state[p].items() if name != "step")
     ratios = {name: figures["trust_ratio"] for name, figures in optimizer.layer_stats().items()}
     return [p.full_tensor().detach() for p in parameters], ratios
 

@@ -154,7 +154,7 @@ def run_main(arguments, limit=NUM_STEPS, seconds=SECONDS_OF_TRAINING):
     return seen
 
 
-def judge_run(seen, words):
+def judge_run(seen, words, may_be_over=False):
     """(outcome, why, message)."""
     if seen.escaped is not None:
         path, line = raising_line(seen.escaped)
@@ -162,7 +162,8 @@ def judge_run(seen, words):
         return "traceback", f"{path.removeprefix(str(ROOT) + os.sep)}: {line}", text
     told = [line for line in seen.err.splitlines() if line.startswith("largebatch: error:")]
     if seen.code == 0:
-        if told or (seen.num_steps == 0 and not (seen.is_cut and seen.num_micro_steps)):
+        is_over = may_be_over and "test accuracy" in seen.out  # a resumed run that had taken all its steps
+        if told or (seen.num_steps == 0 and not (seen.is_cut and seen.num_micro_steps) and not is_over):
             return "vague", f"exit code 0 after {seen.num_steps} steps", " ".join(told)
         return "trained", "", ""
     if not seen.errors:
@@ -187,6 +188,9 @@ def damages(folder):
     for step in checkpoint_files.steps_in(checkpoints):
         wrong += checkpoint_files.faults(os.path.join(checkpoints, checkpoint_files.name_of(step)))
     for path in pathlib.Path(folder).glob("ds_config*.json"):
+        if not path.is_file():
+            wrong.append(f"{path.name} is no file")
+            continue
         try:
             json.loads(path.read_text(errors="replace"))
         except ValueError as error:
@@ -288,7 +292,7 @@ def checkpoint_case(rng, folder):
     kinds, words, changed, may_differ = fuzz_checkpoints.damage(rng, run, whole)
     before, damaged = fuzz_checkpoints.contents(run), damages(run)
     seen = run_main([*arguments, *changed, "--output", str(run), "--resume"], limit=100, seconds=60)
-    outcome, why, message = judge_run(seen, [*words, "run", "checkpoint"])
+    outcome, why, message = judge_run(seen, [*words, "run", "checkpoint"], may_be_over="--steps" in changed)
     if outcome == "trained":
         wrong = [damage for damage in damages(run) if damage not in damaged]
         if not may_differ and fuzz_checkpoints.figures_of(run) != figures:

@@ -36,8 +36,17 @@ def changed(changes):
     return config
 
 
-def test_what_is_right():
-    check_engine_config(CONFIG, world_size=2)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"steps_per_print": math.inf},  # as Accelerate and Hugging Face's Trainer write it
+        {"aio": {"thread_count": 1}},  # as Lightning does
+        {"zero_optimization.legacy_stage1": False},
+    ],
+)
+def test_what_is_right(changes):
+    check_engine_config(changed(changes), world_size=2)
 
 
 @pytest.mark.parametrize(
@@ -69,6 +78,8 @@ def test_what_is_right():
         ({"train_batch_size": KeyError, "train_micro_batch_size_per_gpu": KeyError}, "neither train_batch_size nor"),
         ({"gradient_clipping": math.nan}, "gradient_clipping is nan; expected a number >= 0"),
         ({"gradient_clipping": 10**400}, "; expected a number >= 0"),
+        ({"gradient_clipping": 10**30}, "torch takes no integer beyond 64 bits"),
+        ({"zero_optimization.legacy_stage1": True}, "zero_optimization.legacy_stage1 is true; expected false"),
         ({"communication_data_type": "fp8"}, "communication_data_type is 'fp8'; expected one of 'fp32'"),
         ({"data_types": {"grad_accum_dtype": "double"}}, "data_types.grad_accum_dtype is 'double'; expected one of"),
         ({"data_types": {"grad_accum_dtype": "fp32"}, "bf16.enabled": True, "zero_optimization": {}}, "DeepSpeed accumulates in the compute type"),
