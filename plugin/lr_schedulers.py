@@ -50,6 +50,10 @@ def in_steps(name: str, steps: Any, epochs: Any, steps_per_epoch: Any, default: 
                 f"scheduler.params.{name}_epochs is {epochs!r} and steps_per_epoch is {steps_per_epoch!r}; expected a "
                 f"number > 0 (data set size / global batch; launch/train.py fills in 'auto'), or give {name}_steps"
             )
+        if not epochs * steps_per_epoch < 2**63:
+            raise ValueError(
+                f"scheduler.params.{name}_epochs is {epochs!r} with {steps_per_epoch!r} steps_per_epoch; expected less than 2^63 steps"
+            )
         return round(epochs * steps_per_epoch)
     if default is None:
         raise ValueError(f"scheduler.params needs {name}_steps, or {name}_epochs and steps_per_epoch")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from largebatch.config import UnknownOptionError, nearest_hint
+from largebatch.config import UnknownOptionError, nearest_hint, reject
 from largebatch.engine_config.combinations import (
     check_batches,
     check_monitors,
@@ -54,6 +54,10 @@ def check_engine_config(config: Mapping[str, Any], *, world_size: int | None, is
         check_model("timers.throughput", timers["throughput"], known_models["timers.throughput"])
     check_batches(config, world_size)
     check_stage(config)
+    if is_closed and config.get("sequence_parallel_size", 1) != 1:
+        reject(
+            "sequence_parallel_size", config["sequence_parallel_size"], "1: the trainer's models do not cut sequences"
+        )
     check_precision(config)
     check_offload(config)
     check_monitors(config)

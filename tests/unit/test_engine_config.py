@@ -117,6 +117,12 @@ def test_a_trainer_takes_no_unknown_keys():
         check_engine_config(CONFIG, world_size=2, is_closed=True)
 
 
+def test_a_trainer_cuts_no_sequences():
+    config = {key: value for key, value in CONFIG.items() if key != "comment"} | {"sequence_parallel_size": 2}
+    with pytest.raises(ValueError, match="sequence_parallel_size is 2; expected 1"):
+        check_engine_config(config, world_size=2, is_closed=True)
+
+
 def test_the_batch_is_not_compared_with_an_unknown_number_of_ranks():
     check_engine_config(changed({"gradient_accumulation_steps": 3}), world_size=None)
 

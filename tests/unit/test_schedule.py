@@ -173,3 +173,8 @@ def test_names_do_not_hide_deepspeeds_own():
     own = {n for n, c in vars(lr_schedules).items() if getattr(c, "__module__", None) == lr_schedules.__name__}
     assert "WarmupCosineLR" in own
     assert not set(SCHEDULERS) & own
+
+
+def test_epochs_beyond_counting_are_refused():
+    with pytest.raises(ValueError, match="total_epochs is 1e.308 with 10.0 steps_per_epoch; expected less than"):
+        WarmupPolyLR(optimizer_with(1.0), total_epochs=1e308, steps_per_epoch=10.0)
