@@ -176,5 +176,5 @@ def test_names_do_not_hide_deepspeeds_own():
 
 
 def test_epochs_beyond_counting_are_refused():
-    with pytest.raises(ValueError, match=r"total_epochs is 1e\+308 with 10.0 steps_per_epoch; expected less than"):
-        WarmupPolyLR(optimizer_with(1.0), total_epochs=1e308, steps_per_epoch=10.0)
+    with pytest.raises(ValueError, match=r"total_epochs is 1e\+18 with 10000.0 steps_per_epoch; expected less than"):
+        WarmupPolyLR(optimizer_with(1.0), total_epochs=1e18, steps_per_epoch=10000.0)
