@@ -27,6 +27,7 @@ from largebatch.launch.leaving import give_up, leave, refuse
 from largebatch.launch.recipe_section import check_section, stage_recipes
 from largebatch.launch.reporting import Reporter, discard_after, mean_of_last_evaluations
 from largebatch.launch.run_plan import Stage, is_micro_batch_open, make_plan, make_stages
+from largebatch.launch.single_process import be_the_only_rank, is_launched
 from largebatch.launch.step_reports import speed_name
 from largebatch.launch.task import Task, build_task
 from largebatch.launch.training_loop import Outcome, TrainingLoop
@@ -124,6 +125,8 @@ def prepare(arguments) -> Run:
     ]
     check_run_folder(folder, arguments.resume)
 
+    if not is_launched():
+        be_the_only_rank()
     deepspeed = import_deepspeed()
     for draft in drafts:
         check_ds_config(draft, world_size=world_size)

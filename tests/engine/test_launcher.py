@@ -30,6 +30,14 @@ def accumulated(tmp_path_factory):
     return folder, out
 
 
+def test_one_rank_needs_no_launcher(tmp_path):
+    command = [sys.executable, "launch/train.py", *MLP, "--steps", "1", "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=launching.ROOT, env=launching.environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "started without a launcher: one rank" in done.stdout
+    assert len(launching.events(tmp_path, "step")) == 1
+
+
 def test_accumulation_equals_one_large_batch(accumulated, tmp_path):
     """N micro-batches of n against one of N n on each rank, after eight steps."""
     launching.train(*MLP, "--steps", 8, "--output", tmp_path, "--set", "train_micro_batch_size_per_gpu=240")
