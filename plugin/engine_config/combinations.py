@@ -65,9 +65,26 @@ def check_precision(config: Mapping[str, Any]) -> None:
 
 
 def check_stage(config: Mapping[str, Any]) -> None:
-    if config.get("zero_optimization", {}).get("legacy_stage1") is True:
+    from deepspeed.accelerator import get_accelerator
+
+    zero, stage = config.get("zero_optimization", {}), stage_of(config)
+    if zero.get("legacy_stage1") is True:
         raise ValueError(
             "zero_optimization.legacy_stage1 is true; expected false: DeepSpeed no longer has it. Leave it out"
+        )
+    if stage >= 2 and zero.get("reduce_scatter", True) is not False:
+        for key, default in (("prescale_gradients", False), ("gradient_predivide_factor", 1.0)):
+            if config.get(key, default) != default:
+                raise ValueError(
+                    f"{key} is {config[key]!r} with zero_optimization.stage {stage}; DeepSpeed has that with "
+                    '"reduce_scatter": false only. Set that, or leave it out'
+                )
+    bucket, memory = zero.get("reduce_bucket_size", "auto"), get_accelerator().total_memory()
+    if stage and bucket != "auto" and 2 * bucket > memory:  # elements of two bytes at least
+        reject(
+            "zero_optimization.reduce_bucket_size",
+            bucket,
+            f"at most {memory // 2:,}, the elements that this device can hold",
         )
 
 
