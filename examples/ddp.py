@@ -47,4 +47,5 @@ if dist.get_rank() == 0:
     print(f"loss {loss.item():.4f}, test accuracy {accuracy(model.module, test_set):.4f}")
     if arguments.output:
         torch.save(model.module.state_dict(), arguments.output)
+dist.barrier()  # with gloo, a collective of one's own tensors that is the last may abort the interpreter's end
 dist.destroy_process_group()

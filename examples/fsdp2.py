@@ -59,4 +59,5 @@ if dist.get_rank() == 0:
     print(f"loss {loss.item():.4f}, test accuracy {test_accuracy:.4f}")
     if arguments.output:
         torch.save(weights, arguments.output)
+dist.barrier()  # with gloo, a collective of one's own tensors that is the last may abort the interpreter's end
 dist.destroy_process_group()
