@@ -6,6 +6,9 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+LARGEST = 1 << 24
+"""Characters; a link to a device has no end."""
+
 DEEPEST = 64
 """Levels of a ds_config; those that DeepSpeed reads have six."""
 
@@ -22,9 +25,11 @@ def read_json(path: str, name: str, parse: Callable[..., Any] = json.loads) -> d
     """
     try:
         with open(path, encoding="utf-8") as file:
-            text = file.read()
+            text = file.read(LARGEST + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{name} cannot be read: {error}") from None
+    if len(text) > LARGEST:
+        raise ValueError(f"{name} has more than {LARGEST:,} characters; expected a JSON object of fewer")
     if not text.strip():
         raise ValueError(f"{name} is empty; expected a JSON object")
     try:

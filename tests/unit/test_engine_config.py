@@ -164,3 +164,8 @@ def test_the_recipes_are_read_as_they_are(tmp_path):
         path = tmp_path / f"{name}.json"
         path.write_text(json.dumps(recipe))
         assert read_json(str(path), name) == recipe
+
+
+def test_a_file_without_an_end():
+    with pytest.raises(ValueError, match="config has more than 16,777,216 characters"):
+        read_json("/dev/zero", "config")
