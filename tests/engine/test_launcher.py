@@ -173,7 +173,8 @@ def test_a_bad_request_ends_the_launcher_with_an_error(accumulated):
 
 
 SCRIPT = """
-import argparse, deepspeed, torch
+import argparse, os
+import deepspeed, torch
 parser = argparse.ArgumentParser()
 parser.add_argument("--local_rank", type=int)
 parser = deepspeed.add_config_arguments(parser)
@@ -185,7 +186,8 @@ for step in range(3):
     loss = engine(torch.randn(4, 7)).square().mean()
     engine.backward(loss)
     engine.step()
-print("BUILT", type(engine.basic_optimizer).__module__, engine.get_lr(), flush=True)
+line = f"BUILT {type(engine.basic_optimizer).__module__} {engine.get_lr()}\n"
+os.write(1, line.encode())  # at once: two ranks write to one pipe
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 """
