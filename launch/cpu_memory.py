@@ -12,6 +12,9 @@ TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
 SETTINGS = ((ARENA_MAX, 1), (MMAP_MAX, 0), (TRIM_THRESHOLD, -1))
 USERS_OWN = ("GLIBC_TUNABLES", "LD_PRELOAD")
 
+KEPT = "memory: freed blocks are kept for the next tensors, which is faster on a CPU; any MALLOC_* variable switches that off"
+NOT_KEPT = "memory: freed blocks are left to the C library: it is not glibc, or the environment sets how it allocates"
+
 
 def keep_freed_memory() -> bool:
     """Has glibc keep what is freed for the next tensor; returns whether it does. For this process and those it forks.

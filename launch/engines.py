@@ -17,7 +17,7 @@ from largebatch.config import reject
 from largebatch.engine_config import check_engine_config
 from largebatch.engine_config.arguments import in_our_words, is_answer
 from largebatch.engine_config.combinations import check_optimizer_type
-from largebatch.launch.cpu_memory import keep_freed_memory
+from largebatch.launch.cpu_memory import KEPT, NOT_KEPT, keep_freed_memory
 from largebatch.launch.micro_batch import Trial, largest_that_fits
 from largebatch.launch.parameter_groups import check_baseline_options, parameter_groups
 from largebatch.launch.recipe_section import check_section
@@ -32,7 +32,7 @@ def import_deepspeed() -> Any:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(deepspeed|torch)\..*")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        keep_freed_memory()
+        is_memory_kept = keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(
                 max(
@@ -48,6 +48,8 @@ def import_deepspeed() -> Any:
 
     logger.setLevel(logging.WARNING)
     largebatch.register()
+    if not torch.cuda.is_available():
+        logging.getLogger("largebatch").info(KEPT if is_memory_kept else NOT_KEPT)
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         # DeepSpeed's shared-memory all-reduce needs a compiler and leaves 66 MB per rank in /dev/shm after each run
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -90,10 +92,11 @@ def build_engine(task: Task, plan: Plan, *, world_size: int) -> tuple[Any, str, 
     model = task.build_model()
     batch_norm = set_batch_norm_span(model, plan, plan.micro_batch, world_size)
     groups = parameter_groups(model, plan.section["no_weight_decay"])
-    with contextlib.redirect_stdout(None):  # BF16_Optimizer prints memory figures whatever the log level
+    # BF16_Optimizer prints memory figures whatever the log level; compiling an operator flushes what it prints to
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         try:
             engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=copy.deepcopy(plan.config))
-        except Exception as error:
+        except Exception as error:  # of a baseline's: register() does the same for our own optimizers
             if not is_answer(error):
                 raise
             raise in_our_words(error) from error

@@ -40,7 +40,7 @@ def is_number(value: Any) -> bool:
 
 
 def is_finite(value: Any) -> bool:
-    """Whether a number is one that fp64 holds: not NaN, not infinite, no integer of 400 digits."""
+    """Whether a number is one that fp64 holds: not NaN, not infinite, no integer beyond 1.8e308."""
     try:
         return math.isfinite(float(value))
     except OverflowError:

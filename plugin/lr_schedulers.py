@@ -39,7 +39,7 @@ def in_steps(name: str, steps: Any, epochs: Any, steps_per_epoch: Any, default: 
                 "and Accelerate fill in total_num_steps and warmup_num_steps"
             )
         if value is not None and (not is_number(value) or not is_finite(value) or not 0 <= value < 2**63):
-            raise ValueError(f"scheduler.params.{key} is {value!r}; expected a number >= 0")
+            raise ValueError(f"scheduler.params.{key} is {value!r}; expected a number >= 0 and < 2^63")
     if steps is not None and epochs is not None:
         raise ValueError(f"scheduler.params has both {name}_steps and {name}_epochs; give one of them")
     if steps is not None:

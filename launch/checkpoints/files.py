@@ -48,6 +48,11 @@ def files_in(checkpoint: str) -> list[str]:
     return sorted(path for path in paths if path != MANIFEST)
 
 
+def is_inside(name: str) -> bool:
+    """Whether a manifest's path is one that ``files_in`` could have given: within the checkpoint, in one spelling only."""
+    return bool(name) and name == os.path.normpath(name) and name != "." and name.split(os.sep)[0] not in ("", "..")
+
+
 def share_of(names: list[str], part: int, num_parts: int) -> list[str]:
     """What one of several workers takes."""
     return names[part::num_parts]
@@ -97,7 +102,9 @@ def faults(checkpoint: str, part: int = 0, num_parts: int = 1) -> list[str]:
             wrong.append(f"{MANIFEST} lists no files")
         unlisted = [name for name in files_in(checkpoint) if name not in manifest["files"]]
         wrong += [f"{name} is not in {MANIFEST}" for name in unlisted]
-    for name in share_of(sorted(manifest["files"]), part, num_parts):
+        outside = [name for name in manifest["files"] if not is_inside(name)]
+        wrong += [f"{MANIFEST} names {name!r}, which is no path of a file in it" for name in outside]
+    for name in share_of(sorted(filter(is_inside, manifest["files"])), part, num_parts):
         path, expected = os.path.join(checkpoint, name), manifest["files"][name]
         try:
             size = os.path.getsize(path)

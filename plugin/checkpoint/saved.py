@@ -177,8 +177,17 @@ def mapped(path: str) -> dict[str, Any]:
     """A file of a checkpoint, its tensors mapped into memory and not yet read.
 
     In DeepSpeed's old format ("checkpoint": {"checkpoint_serialization": false}) nothing can be mapped: that is read whole.
+
+    Raises:
+        ValueError: it is no file of torch's.
     """
-    return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=False)
+    try:
+        return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=False)
+    except OSError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or "no reason given"
+        raise ValueError(f"{path!r} cannot be read: {type(error).__name__}: {reason}") from error
 
 
 def flat(tensor: Tensor) -> Tensor:

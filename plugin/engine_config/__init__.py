@@ -15,6 +15,7 @@ from largebatch.engine_config.combinations import (
     check_batches,
     check_monitors,
     check_offload,
+    check_parallelism,
     check_precision,
     check_scheduler,
     check_stage,
@@ -26,12 +27,15 @@ MISSPELT = 0.85
 """Nearness (difflib's ratio) from which on a key is taken for a misspelt one: "comment" is not "comet"."""
 
 
-def check_engine_config(config: Mapping[str, Any], *, world_size: int | None, is_closed: bool = False) -> None:
+def check_engine_config(
+    config: Mapping[str, Any], *, world_size: int | None, num_ranks: int | None = None, is_closed: bool = False
+) -> None:
     """Refuses what DeepSpeed would ignore, misread, or answer with an error of its own.
 
     Args:
         config: a ds_config; "auto" is allowed where DeepSpeed takes it for its default.
         world_size: of data parallelism, with which the batch has to agree; None: not known.
+        num_ranks: of the job, data-parallel or not; None: not known.
         is_closed: refuse every unknown top-level key, not only those that are near a known one.
 
     Raises:
@@ -54,14 +58,23 @@ def check_engine_config(config: Mapping[str, Any], *, world_size: int | None, is
         check_model("timers.throughput", timers["throughput"], known_models["timers.throughput"])
     check_batches(config, world_size)
     check_stage(config)
-    if is_closed and config.get("sequence_parallel_size", 1) != 1:
-        reject(
-            "sequence_parallel_size", config["sequence_parallel_size"], "1: the trainer's models do not cut sequences"
-        )
+    if is_closed:
+        check_data_parallel_only(config)
+    check_parallelism(config, num_ranks)
     check_precision(config)
     check_offload(config)
     check_monitors(config)
     check_scheduler(config)
+
+
+def check_data_parallel_only(config: Mapping[str, Any]) -> None:
+    if config.get("sequence_parallel_size", 1) != 1:
+        reject(
+            "sequence_parallel_size", config["sequence_parallel_size"], "1: the trainer's models do not cut sequences"
+        )
+    size = config.get("tensor_parallel", {}).get("autotp_size", 0)
+    if size not in (0, 1):
+        reject("tensor_parallel.autotp_size", size, "0 or 1: the trainer does not cut its models")
 
 
 def check_top_level_key(key: str, known: list[str], is_closed: bool) -> None:

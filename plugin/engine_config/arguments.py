@@ -56,7 +56,10 @@ def check_arguments(arguments: Mapping[str, Any], ours: Mapping[str, type]) -> b
     else:
         is_ours = isinstance(client, tuple(ours.values()))
     if is_ours:
-        check_engine_config(config, world_size=world_size_of(arguments, config))
+        num_ranks = ranks_of_the_job()
+        check_engine_config(
+            config, world_size=None if has_other_parallelism(arguments, config) else num_ranks, num_ranks=num_ranks
+        )
     return is_ours
 
 
@@ -82,18 +85,21 @@ def config_of(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
     return None  # DeepSpeed also takes base64
 
 
-def world_size_of(arguments: Mapping[str, Any], config: Mapping[str, Any]) -> int | None:
-    """Ranks of data parallelism where there is no other kind; None if that is not known."""
-    import torch.distributed as dist
+def has_other_parallelism(arguments: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Whether the ranks are, or may be, not all of data parallelism."""
     from deepspeed.runtime.pipe.module import PipelineModule
 
-    is_other = arguments.get("mpu") is not None or arguments.get("mesh_param") is not None
-    is_other |= isinstance(arguments.get("model"), PipelineModule)
-    is_other |= any(
+    is_given = arguments.get("mpu") is not None or arguments.get("mesh_param") is not None
+    is_given |= isinstance(arguments.get("model"), PipelineModule)
+    return is_given or any(
         key in config for key in ("sequence_parallel_size", "data_parallel_size", "tensor_parallel", "expert_parallel")
     )
-    if is_other:
-        return None
+
+
+def ranks_of_the_job() -> int | None:
+    """None if that is not known yet."""
+    import torch.distributed as dist
+
     if dist.is_initialized():
         return dist.get_world_size()
     return int(os.environ["WORLD_SIZE"]) if os.environ.get("WORLD_SIZE", "").isdigit() else None

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from largebatch.config import check_option_names, nearest_hint, reject
+from largebatch.config import check_option_names, integer, nearest_hint, reject
 
 MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 """Section -> the package without which it cannot be enabled."""
@@ -32,6 +32,20 @@ def check_batches(config: Mapping[str, Any], world_size: int | None) -> None:
             f"train_batch_size is {total}, train_micro_batch_size_per_gpu {micro} and gradient_accumulation_steps {steps} on "
             f"{world_size} ranks; expected train_batch_size = micro-batch x accumulation steps x ranks, here "
             f"{'' if micro and steps else 'a multiple of '}{unit}. Change one of them, or leave one out"
+        )
+
+
+def check_parallelism(config: Mapping[str, Any], num_ranks: int | None) -> None:
+    """Ranks that share a model, or a sequence, against all ranks of the job."""
+    size = config.get("tensor_parallel", {}).get("autotp_size", 0)
+    integer(0)("tensor_parallel.autotp_size", size)
+    if size and num_ranks is not None and num_ranks % size:
+        reject("tensor_parallel.autotp_size", size, f"a divisor of the number of ranks, {num_ranks}, or 0 for none")
+    replicas, sequences = config.get("data_parallel_size"), config.get("sequence_parallel_size")
+    if None not in (replicas, sequences, num_ranks) and replicas * sequences != num_ranks:  # type: ignore[operator]
+        raise ValueError(
+            f"data_parallel_size is {replicas} and sequence_parallel_size {sequences} on {num_ranks} ranks; expected two sizes "
+            "whose product is the number of ranks. Change one of them, or leave both out"
         )
 
 

@@ -57,6 +57,29 @@ def count_or_never(name: str, value: Any) -> None:
 
 DTYPE = one_of("fp32", "fp16", "bf16")
 
+
+def table(checks: dict[str, Check]) -> Check:
+    """A section within a section."""
+
+    def check(name: str, value: Any) -> None:
+        section(name, value)
+        check_entries(name, value, checks)
+
+    return check
+
+
+CHECKPOINT_WRITER = table(
+    {
+        "type": any_case("mock", "python", "fast"),
+        "io_buffer_size": COUNT,
+        "io_buffer_double": boolean,
+        "io_multiplier": COUNT,
+        "show_statistics": boolean,
+        "data_parallel": or_none(any_case("replica", "socket", "machine")),
+        "decoupled": boolean,
+    }
+)
+
 TOP_LEVEL: dict[str, Check] = {
     "largebatch": section,
     "optimizer": section,
@@ -122,9 +145,9 @@ SECTIONS: dict[str, dict[str, Check]] = {
         "tag_validation": any_case("ignore", "warn", "fail"),
         "load_universal": boolean,
         "use_node_local_storage": boolean,
-        "parallel_write": section,
+        "parallel_write": table({"pipeline_stage": boolean}),
         "checkpoint_serialization": boolean,
-        "writer": or_none(section),
+        "writer": or_none(CHECKPOINT_WRITER),
     },
     "data_types": {
         "grad_accum_dtype": or_none(DTYPE),

@@ -186,7 +186,7 @@ for step in range(3):
     loss = engine(torch.randn(4, 7)).square().mean()
     engine.backward(loss)
     engine.step()
-line = f"BUILT {type(engine.basic_optimizer).__module__} {engine.get_lr()}\n"
+line = f"BUILT {type(engine.basic_optimizer).__module__} {engine.get_lr()}\\n"
 os.write(1, line.encode())  # at once: two ranks write to one pipe
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()

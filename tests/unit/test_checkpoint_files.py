@@ -133,3 +133,21 @@ def test_finishing_renames_and_the_pointer_is_replaced_at_once(tmp_path):
     assert (tmp_path / "latest").read_text() == "step4"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step4"]
     assert files.faults(str(tmp_path / "step4")) == []
+
+
+@pytest.mark.parametrize("name", ["../../outside", "/etc/hostname", "", ".", "deep/../a.pt", "./a.pt", "deep//c.pt"])
+def test_a_manifest_may_only_name_what_is_inside(tmp_path, name):
+    """Else a checkpoint would be whole or damaged by what happens to lie elsewhere; or have one file twice."""
+    checkpoint = written(tmp_path)
+    (tmp_path.parent / "outside").write_bytes(CONTENTS["a.pt"])
+    entries = files.entries(str(checkpoint), files.files_in(str(checkpoint)))
+    files.write_manifest(str(checkpoint), {**entries, name: entries["a.pt"]}, step=3)
+    assert files.faults(str(checkpoint)) == [f"manifest.json names {name!r}, which is no path of a file in it"]
+    assert files.faults(str(checkpoint), 1, 2) == []
+
+
+def test_names_with_two_dots_that_are_inside(tmp_path):
+    checkpoint = written(tmp_path)
+    (checkpoint / "..a.pt").write_bytes(b"x")
+    files.write_manifest(str(checkpoint), files.entries(str(checkpoint), files.files_in(str(checkpoint))), step=3)
+    assert files.faults(str(checkpoint)) == []

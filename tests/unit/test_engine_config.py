@@ -43,10 +43,13 @@ def changed(changes):
         {"steps_per_print": math.inf},  # as Accelerate and Hugging Face's Trainer write it
         {"aio": {"thread_count": 1}},  # as Lightning does
         {"zero_optimization.legacy_stage1": False},
+        {"tensor_parallel": {"autotp_size": 2}},
+        {"data_parallel_size": 1, "sequence_parallel_size": 2},
+        {"checkpoint": {"writer": {"type": "Fast", "data_parallel": None}, "parallel_write": {"pipeline_stage": True}}},
     ],
 )
 def test_what_is_right(changes):
-    check_engine_config(changed(changes), world_size=2)
+    check_engine_config(changed(changes), world_size=2, num_ranks=2)
 
 
 @pytest.mark.parametrize(
@@ -95,6 +98,12 @@ def test_what_is_right(changes):
         ({"timers": {"throughput": 3}}, "timers.throughput is 3; expected a section"),
         ({"flops_profiler": {"enabeld": True}}, "flops_profiler.enabeld is not known (did you mean 'enabled'?)"),
         ({"checkpoint": {"tag_validation": 3}}, "checkpoint.tag_validation is 3; expected one of"),
+        ({"checkpoint": {"writer": {"type": "none"}}}, "checkpoint.writer.type is 'none'; expected one of 'mock', 'python', 'fast'"),
+        ({"checkpoint": {"writer": {"typ": "fast"}}}, "checkpoint.writer.typ is not known (did you mean 'type'?)"),
+        ({"checkpoint": {"parallel_write": {"pipeline_stage": 1}}}, "checkpoint.parallel_write.pipeline_stage is 1; expected true or false"),
+        ({"tensor_parallel": {"autotp_size": 4}}, "tensor_parallel.autotp_size is 4; expected a divisor of the number of ranks, 2"),
+        ({"tensor_parallel": {"autotp_size": -1}}, "tensor_parallel.autotp_size is -1; expected an integer >= 0"),
+        ({"data_parallel_size": 4, "sequence_parallel_size": 2}, "data_parallel_size is 4 and sequence_parallel_size 2 on 2 ranks"),
         ({"scheduler": {"type": "WarmupPoly", "params": {}}}, "scheduler.type is 'WarmupPoly'; expected WarmupPolyLR"),
         ({"scheduler": {"type": "WarmupPolyLR"}}, "scheduler.params is missing"),
         ({"scheduler": {"type": "WarmupPolyLR", "parms": {}}}, "scheduler.parms is not known (did you mean 'params'?)"),
@@ -108,7 +117,7 @@ def test_what_is_right(changes):
 )  # fmt: skip
 def test_what_is_wrong(changes, message):
     with pytest.raises((ValueError, TypeError)) as caught:
-        check_engine_config(changed(changes), world_size=2)
+        check_engine_config(changed(changes), world_size=2, num_ranks=2)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -120,9 +129,16 @@ def test_a_trainer_takes_no_unknown_keys():
         check_engine_config(CONFIG, world_size=2, is_closed=True)
 
 
-def test_a_trainer_cuts_no_sequences():
-    config = {key: value for key, value in CONFIG.items() if key != "comment"} | {"sequence_parallel_size": 2}
-    with pytest.raises(ValueError, match="sequence_parallel_size is 2; expected 1"):
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"sequence_parallel_size": 2}, "sequence_parallel_size is 2; expected 1"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size is 2; expected 0 or 1"),
+    ],
+)
+def test_a_trainer_cuts_neither_sequences_nor_models(changes, message):
+    config = {key: value for key, value in changed(changes).items() if key != "comment"}
+    with pytest.raises(ValueError, match=message):
         check_engine_config(config, world_size=2, is_closed=True)
 
 
