@@ -34,7 +34,7 @@ class CppKernels:
     is_fused = True
 
     def __init__(self) -> None:
-        self.module = cpu_kernels()
+        self.module = self.objects = cpu_kernels()
 
     def is_current(self, segments: Segments) -> bool:
         plan = segments.prepared.get("cpp")
@@ -67,8 +67,8 @@ class CppKernels:
     def step_(self, segments: Segments, *, grad_scale: Tensor | None) -> LayerFigures:
         with FlatPlan(self.module, segments) as plan:
             figures, is_finite = plan.step(segments.grads, as_float(grad_scale), float(segments.lr))
-        weight_norm, direction_norm, ratio, weight_decay = figures.unbind()
-        return LayerFigures(weight_norm, direction_norm, ratio.to(segments.dtype), weight_decay, is_finite)
+        weight_norm, direction_norm, ratio, _, weight_decay = figures.unbind()
+        return LayerFigures(weight_norm, direction_norm, ratio.to(segments.dtype), weight_decay, is_finite, figures)
 
 
 def as_float(grad_scale: Tensor | None) -> float:

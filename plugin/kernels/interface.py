@@ -104,6 +104,8 @@ class LayerFigures:
         trust_ratio: compute dtype, 1 for layers that are not adapted.
         weight_decay: fp64, coupled weight decay in force.
         is_finite: bool; where False the layer's weights were left alone.
+        stats: [len(LayerStats.FIGURES), num_layers] fp64, the rows of largebatch.telemetry.LayerStats, where the backend
+            has made them.
     """
 
     weight_norm: Tensor
@@ -111,6 +113,7 @@ class LayerFigures:
     trust_ratio: Tensor
     weight_decay: Tensor
     is_finite: Tensor
+    stats: Tensor | None = None
 
 
 class Kernels(Protocol):
@@ -122,6 +125,8 @@ class Kernels(Protocol):
     name: str
     is_fused: bool
     """Whether ``step_`` reads the memory fewer times than ``accumulate_`` and ``advance_`` together."""
+    objects: Any
+    """A compiled :class:`largebatch.optim.plan.Objects`, where the backend has one; else None."""
 
     def is_current(self, segments: Segments) -> bool:
         """Whether the weights still have the device, dtype and shape that they had at the first call."""

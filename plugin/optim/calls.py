@@ -20,6 +20,17 @@ from largebatch.optim.state import needs_step
 from largebatch.telemetry import LayerStats
 
 
+class LayerNames(tuple[str, ...]):
+    """A key of dicts that is hashed once, not in every step."""
+
+    @functools.cached_property
+    def own_hash(self) -> int:
+        return super().__hash__()
+
+    def __hash__(self) -> int:
+        return self.own_hash
+
+
 @dataclass
 class Call:
     """Tensors of one param group on one device with one compute dtype, and the layers that lie in them.
@@ -36,9 +47,9 @@ class Call:
     """Where the tensors stand in the param group."""
 
     @functools.cached_property
-    def names(self) -> tuple[str, ...]:
+    def names(self) -> LayerNames:
         """[num_layers] of the layers."""
-        return tuple(policy.name for policy in self.policies)
+        return LayerNames(policy.name for policy in self.policies)
 
     def add(
         self,
@@ -129,11 +140,19 @@ class Call:
 
     def stats_of(self, figures: LayerFigures, previous: LayerStats | None) -> LayerStats:
         """The figures of the layers that moved, and the previous ones of those that did not."""
-        ratio = figures.trust_ratio
-        local_lr = self.segments.lr * ratio  # rounded as in the step
-        columns = (figures.weight_norm, figures.direction_norm, ratio.double(), local_lr.double(), figures.weight_decay)
-        fresh = LayerStats(self.names, torch.stack(columns))
-        return fresh.where(figures.is_finite, previous)
+        stats = figures.stats
+        if stats is None:
+            ratio = figures.trust_ratio
+            local_lr = self.segments.lr * ratio  # rounded as in the step
+            rows = (
+                figures.weight_norm,
+                figures.direction_norm,
+                ratio.double(),
+                local_lr.double(),
+                figures.weight_decay,
+            )
+            stats = torch.stack(rows)
+        return LayerStats(self.names, stats).where(figures.is_finite, previous)
 
 
 def sums_over_ranks(calls: list[Call], sums: list[Tensor]) -> list[Tensor]:

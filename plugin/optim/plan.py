@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain, repeat
 from operator import attrgetter, is_
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -22,9 +22,40 @@ from largebatch.optim.calls import Call
 GRAD = attrgetter("grad")
 
 
-def are_same(first: list[Any], second: list[Any]) -> bool:
-    """Whether two lists hold the same objects, compared by identity."""
-    return len(first) == len(second) and all(map(is_, first, second))
+class Objects(Protocol):
+    """How the objects of two steps are compared, by identity. A compiled backend does it without touching them."""
+
+    def same_items(self, first: list[Any], second: list[Any]) -> bool: ...
+
+    def same_values(self, mapping: Mapping[Any, Any], values: list[Any]) -> bool:
+        """In the mapping's order, which is that of insertion."""
+        ...
+
+    def same_values_of_all(self, mappings: list[dict[str, Any]], values: list[Any]) -> bool: ...
+
+    def gradients(self, parameters: list[Tensor], lacks_grad: list[bool]) -> list[Tensor | None] | None:
+        """None if another set of parameters lacks one than is expected."""
+        ...
+
+
+class PlainObjects:
+    """See :class:`Objects`."""
+
+    def same_items(self, first: list[Any], second: list[Any]) -> bool:
+        return len(first) == len(second) and all(map(is_, first, second))
+
+    def same_values(self, mapping: Mapping[Any, Any], values: list[Any]) -> bool:
+        return self.same_items(list(mapping.values()), values)
+
+    def same_values_of_all(self, mappings: list[dict[str, Any]], values: list[Any]) -> bool:
+        return self.same_items(list(chain.from_iterable(map(dict.values, mappings))), values)
+
+    def gradients(self, parameters: list[Tensor], lacks_grad: list[bool]) -> list[Tensor | None] | None:
+        grads = list(map(GRAD, parameters))
+        return grads if list(map(is_, grads, repeat(None))) == lacks_grad else None
+
+
+PLAIN_OBJECTS = PlainObjects()
 
 
 def place_of(parameter: Tensor) -> tuple:
@@ -51,28 +82,30 @@ class GroupPlan:
     calls: list[Call]
     local_places: list[tuple] | None
     """Where in memory lies what this rank holds of each parameter, if any is a DTensor."""
+    objects: Objects
 
     def renew(self, optimizer_state: Mapping[Tensor, dict[str, Any]]) -> bool:
         """Hands this step's gradients and learning rate to the calls; False if anything else has changed."""
-        group = self.group
-        if not are_same(group["params"], self.params):
+        group, objects = self.group, self.objects
+        if not objects.same_items(group["params"], self.params):
             return False
         if [group[name] for name in self.option_names] != self.option_values:
             return False
         if self.local_places is None:
-            grads = list(map(GRAD, self.params))
+            grads = objects.gradients(self.params, self.lacks_grad)
         else:
             if list(map(place_of, self.params)) != self.local_places:
                 return False
             grads = list(map(local_gradient, self.params))
-        if list(map(is_, grads, repeat(None))) != self.lacks_grad:
+            grads = grads if [grad is None for grad in grads] == self.lacks_grad else None
+        if grads is None:
             return False
         if not all(call.kernels.is_current(call.segments) for call in self.calls):
             return False
         # the order of a dict is that of insertion, so equal values are those of the same tensors
-        if not are_same(list(optimizer_state.values()), self.all_states):
+        if not objects.same_values(optimizer_state, self.all_states):
             return False
-        if not are_same(list(chain.from_iterable(map(dict.values, self.states))), self.state_tensors):
+        if not objects.same_values_of_all(self.states, self.state_tensors):
             return False
         lr = group["lr"]
         LEARNING_RATE("lr", lr)
@@ -105,4 +138,5 @@ def plan_group(
         list(chain.from_iterable(map(dict.values, states))),
         calls,
         list(map(place_of, params)) if any(isinstance(p, DTensor) for p in params) else None,
+        next((call.kernels.objects for call in calls if call.kernels.objects is not None), PLAIN_OBJECTS),
     )

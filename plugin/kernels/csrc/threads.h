@@ -1,0 +1,69 @@
+// Work in teams of threads.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <unistd.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include <cstdint>
+#include <exception>
+
+namespace largebatch {
+
+inline int64_t second_level_cache_bytes() {
+  static const int64_t bytes = [] {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    const long found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (found > 0) return static_cast<int64_t>(found);
+#endif
+    return int64_t{1} << 20;
+  }();
+  return bytes;
+}
+
+// Calls work(thread, num_threads) on each thread of a team. Work that may throw must not wait for the others in between.
+template <class Work>
+void in_parallel(int num_threads, Work work) {
+#ifdef _OPENMP
+  if (num_threads > 1) {
+    std::exception_ptr error;
+#pragma omp parallel num_threads(num_threads)
+    try {
+      work(omp_get_thread_num(), omp_get_num_threads());
+    } catch (...) {
+#pragma omp critical
+      error = std::current_exception();
+    }
+    if (error) std::rethrow_exception(error);
+    return;
+  }
+#endif
+  work(0, 1);
+}
+
+// Calls work(begin, end) on each thread of a team for its part of [0, count): what is looked up for each tensor.
+template <class Work>
+void in_parallel_ranges(size_t count, Work work) {
+  const int num_threads = count < 1000 ? 1 : at::get_num_threads();
+  in_parallel(num_threads, [&](size_t thread, size_t team) { work(count * thread / team, count * (thread + 1) / team); });
+}
+
+inline void barrier(int num_threads) {
+#ifdef _OPENMP
+  if (num_threads > 1) {
+#pragma omp barrier
+  }
+#endif
+  (void)num_threads;
+}
+
+inline int num_threads_for(int64_t numel) {
+  // below this a second thread costs more than it gains
+  return numel < 32768 ? 1 : at::get_num_threads();
+}
+
+}  // namespace largebatch
