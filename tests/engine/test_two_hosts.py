@@ -92,6 +92,32 @@ def test_two_hosts_train_the_same_as_one(two_hosts, tmp_path):
     assert [host.run("ls", "-A", "/dev/shm")[1] for host in two_hosts.hosts] == ["", ""]
 
 
+LONG_RUN = (*RUN[:2], "--steps", 60, "--zero_stage", 2, "--set", "largebatch.save_every_epochs=1")
+
+
+def test_a_rank_that_dies_on_the_other_host(two_hosts):
+    """`largebatch run` on the first host sees no process of the second, and starts both again all the same."""
+    killed, whole = two_hosts.folder / "killed", two_hosts.folder / "whole"
+    run = two_hosts.hosts[0].start(
+        sys.executable, "-m", "largebatch", "run", "--max-restarts", 5, "--back-off", 0, "--grace", 30,
+        "deepspeed", "--hostfile", two_hosts.hostfile, ROOT / "launch/train.py", *LONG_RUN, "--output", killed,
+        folder=two_hosts.folder, env=launching.environment(),
+    )  # fmt: skip
+    launching.wait_for_steps(killed, 10, run)
+    code, _, _ = two_hosts.hosts[1].run("pkill", "-KILL", "-f", "launch/train.py --local_rank")
+    out, err = run.communicate(timeout=4 * launching.SECONDS)
+    assert code == 0, "there was a rank to kill on the second host"
+    assert run.returncode == 0, f"{out}\n{err}"
+    assert "Restart 1 of at most 5" in err and "Restart 2" not in err
+    on_first_host(
+        two_hosts, "deepspeed", "--num_accelerators", 2, ROOT / "launch/train.py", *LONG_RUN, "--output", whole
+    )
+    last = {e["step"]: e for e in numbers(killed) if e["event"] == "step"}
+    assert last == {e["step"]: e for e in numbers(whole) if e["event"] == "step"} and len(last) == 60
+    one, other = launching.final_weights(killed), launching.final_weights(whole)
+    assert one.keys() == other.keys() and all((one[name] == other[name]).all() for name in one)
+
+
 def test_doctor_sees_both_nodes_and_what_they_do_not_share(two_hosts):
     """Data that only one of them has, and results that go to a folder of each node's own."""
     for host, script in zip(two_hosts.hosts, ("mkdir /run/data && echo 1 > /run/data/file", "true"), strict=True):
