@@ -111,6 +111,7 @@ def set_batch_norm_span(model: nn.Module, plan: Plan, micro_batch: int, world_si
         micro_batch=micro_batch,
         accumulation_steps=plan.global_batch // (micro_batch * world_size),
         world_size=world_size,
+        momentum=plan.section["batch_norm"].get("momentum"),
     )
     return "" if line == "no batch normalisation" else line
 

@@ -22,6 +22,7 @@ from largebatch.config import (
     NON_NEGATIVE,
     POSITIVE,
     boolean,
+    check_option_names,
     integer,
     is_finite,
     is_number,
@@ -179,9 +180,9 @@ def check_inputs(section: dict[str, Any]) -> None:
 def check_batch_norm(options: Any) -> None:
     if not isinstance(options, dict):
         reject("largebatch.batch_norm", options, 'a section such as {"span": 64}', TypeError)
-    for key in options:
-        if key != "span":
-            raise ValueError(f"largebatch.batch_norm.{key} is not known{nearest_hint(key, ['span'])}; known: span")
+    check_option_names(options, ["span", "momentum"], "largebatch.batch_norm")
+    if "momentum" in options:
+        number("a number > 0 and < 1", lambda x: 0 < x < 1)("largebatch.batch_norm.momentum", options["momentum"])
 
 
 def check_notes(section: dict[str, Any]) -> None:

@@ -264,7 +264,7 @@ def announce(reporter: Reporter, engine: Any, run: Run, stage: Stage, first_step
     )
     if batch_norm:
         reporter.say(batch_norm)
-        if is_automatic and not plan.section["batch_norm"]:
+        if is_automatic and "span" not in plan.section["batch_norm"]:
             reporter.say(
                 f"warning: the micro-batch of {plan.micro_batch} was chosen for this machine, and batch normalisation goes "
                 "over it, so that another machine trains another network; set largebatch.batch_norm.span"

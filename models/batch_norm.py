@@ -11,7 +11,8 @@ A micro-batch of one rank is normalised by torch's own kernels. Other spans cost
 core take 1.3 times as long in fp32 and twice in bf16.
 
 Running statistics are kept in fp32 whatever the compute type, and with momentum m they move by m a *step*: each of k micro-steps
-moves them by 1 - (1 - m)^(1/k). Over the ranks they are averaged when they are needed: see average_running_statistics.
+moves them by 1 - (1 - m)^(1/k). torch's 0.1 remembers some twenty steps: in a run of few large steps evaluation lags behind the
+weights, while one step of thousands of images tells the statistics well. Over the ranks they are averaged when they are needed: see average_running_statistics.
 """
 
 from __future__ import annotations
@@ -27,7 +28,13 @@ MICRO_BATCH, GLOBAL = "micro_batch", "global"
 
 
 def apply_batch_norm_span(
-    model: nn.Module, *, span: str | int, micro_batch: int, accumulation_steps: int, world_size: int
+    model: nn.Module,
+    *,
+    span: str | int,
+    micro_batch: int,
+    accumulation_steps: int,
+    world_size: int,
+    momentum: float | None = None,
 ) -> str:
     """Replaces the batch normalisation layers of a model in place; may be called again when the batch changes.
 
@@ -37,13 +44,14 @@ def apply_batch_norm_span(
         span: "micro_batch", "global", or a number of images; see the module's docstring.
         micro_batch: images of one forward pass on one rank.
         accumulation_steps: micro-steps of an optimizer step.
+        momentum: share of a step's statistics in the running ones, > 0 and < 1; None: as the layers have it.
 
     Returns:
         One line that says what is in force.
 
     Raises:
-        ValueError: the span cannot be had with this batch, or the model has no batch normalisation and a span other than
-            "micro_batch" was asked for; TypeError: it is of another type.
+        ValueError: the span cannot be had with this batch, or the model has no batch normalisation and a momentum or a span
+            other than "micro_batch" was asked for; TypeError: it is of another type.
     """
     ghost_size, num_ranks = pieces_for(span, micro_batch, world_size)
     layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, _BatchNorm)}
@@ -51,6 +59,10 @@ def apply_batch_norm_span(
         if span != MICRO_BATCH:
             raise ValueError(
                 f"largebatch.batch_norm.span is {span!r} and the model has no batch normalisation; leave it out"
+            )
+        if momentum is not None:
+            raise ValueError(
+                f"largebatch.batch_norm.momentum is {momentum!r} and the model has no batch normalisation; leave it out"
             )
         return "no batch normalisation"
     ranks = NeighbouringRanks(num_ranks, world_size) if num_ranks > 1 else None
@@ -66,6 +78,8 @@ def apply_batch_norm_span(
             layer = replacements.setdefault(layer, SpanBatchNorm(layer))
             setattr(model.get_submodule(parent), child, layer)
         layer.ghost_size, layer.ranks = ghost_size, ranks
+        if momentum is not None:
+            layer.step_momentum = momentum
         if layer.step_momentum is not None:
             layer.momentum = momentum_of_update(layer.step_momentum, accumulation_steps)
     momenta = {(m.step_momentum, m.momentum) for m in model.modules() if isinstance(m, SpanBatchNorm)}

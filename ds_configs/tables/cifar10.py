@@ -92,7 +92,7 @@ def narrow_recipes() -> Iterator[tuple[str, dict[str, Any]]]:
                     model_options={"width": 8},
                     data="cifar10",
                     augmentation="davidnet",
-                    batch_norm={"span": 512},
+                    batch_norm={"span": 512, "momentum": 0.5},
                     **{key: row[key] for key in ("no_weight_decay",) if key in row},
                     batch=batch,
                     epochs=NARROW_EPOCHS,

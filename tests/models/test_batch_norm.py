@@ -194,6 +194,24 @@ def test_running_statistics_decay_once_a_step(span, accumulation_steps):
     assert with_two_batches[0].momentum == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("accumulation_steps", [1, 4])
+def test_running_statistics_move_by_the_momentum_asked_for(accumulation_steps):
+    """Constant images: after each step the distance from their statistics is a quarter of what it was."""
+    model, x = torch_layer(), images(8)
+    arguments = {"micro_batch": 8, "accumulation_steps": accumulation_steps, "world_size": 1}
+    line = apply_batch_norm_span(model, span="micro_batch", momentum=0.75, **arguments)
+    assert "momentum 0.75 a step" in line
+    target = x.mean((0, 2, 3))
+    distance = (model[0].running_mean - target).abs()
+    for _ in range(3):
+        for _ in range(accumulation_steps):
+            model(x)
+        torch.testing.assert_close((model[0].running_mean - target).abs(), distance / 4)
+        distance = (model[0].running_mean - target).abs()
+    line = apply_batch_norm_span(model, span="micro_batch", **arguments)
+    assert "momentum 0.75 a step" in line, "it stays when the micro-batch changes"
+
+
 def test_a_cumulative_average_stays_one():
     model, x = torch_layer(), images(6)
     model[0].momentum = None
@@ -348,6 +366,10 @@ def test_models_without_a_layer_to_set():
     assert line == "no batch normalisation"
     with pytest.raises(ValueError, match="the model has no batch normalisation; leave it out"):
         with_span(nn.Sequential(nn.Linear(2, 2)), 2, 4)
+    with pytest.raises(ValueError, match="momentum is 0.5 and the model has no batch normalisation; leave it out"):
+        apply_batch_norm_span(
+            nn.Linear(2, 2), span="micro_batch", micro_batch=4, accumulation_steps=1, world_size=1, momentum=0.5
+        )
     with pytest.raises(ValueError, match="0 is a SyncBatchNorm; expected torch's BatchNorm1d, 2d or 3d"):
         with_span(nn.Sequential(nn.SyncBatchNorm(2)), 2, 4)
 

@@ -43,6 +43,8 @@ def recipe(**section):
         ({"label_smoothing": 1.0}, "largebatch.label_smoothing is 1.0"),
         ({"batch_norm": 64}, "largebatch.batch_norm is 64; expected a section such as"),
         ({"batch_norm": {"spam": 64}}, "largebatch.batch_norm.spam is not known (did you mean 'span'?)"),
+        ({"batch_norm": {"momentum": 1.0}}, "largebatch.batch_norm.momentum is 1.0; expected a number > 0 and < 1"),
+        ({"batch_norm": {"momentum": "0.5"}}, "largebatch.batch_norm.momentum is '0.5'; expected a number > 0 and < 1"),
         ({"schedule_stretch": 0}, "largebatch.schedule_stretch is 0; expected a number > 0"),
         ({"epochs": None, "steps": 1.5}, "largebatch.steps is 1.5; expected"),
         ({"steps": 3}, "either epochs or steps, the length of training; it has both"),
