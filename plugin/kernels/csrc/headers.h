@@ -1,7 +1,7 @@
 // Tensors' headers: what a tensor is, apart from its elements.
 //
-// A step moves more memory than the caches hold, so the next one finds every header in memory again, and each costs some
-// hundred nanoseconds of waiting if it is only asked for when it is needed.
+// A step moves more memory than the caches hold, so the next one finds every header in memory again, and each costs
+// some hundred nanoseconds of waiting if it is only asked for when it is needed.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,7 +11,7 @@
 
 namespace largebatch {
 
-// How many tensors ahead a header is asked for: longer than memory takes to answer, and few enough to be under way at once.
+// How many tensors ahead a header is asked for: longer than memory takes to answer, few enough to be under way at once.
 constexpr size_t headers_ahead = 12;
 
 inline void prefetch_bytes(const void* address, size_t numel) {
@@ -24,7 +24,8 @@ inline void prefetch_header(const at::Tensor& tensor) {
 
 // Of a tensor whose own header is there already: that of its memory.
 inline void prefetch_storage(const at::Tensor& tensor) {
-  if (tensor.defined() && tensor.has_storage()) __builtin_prefetch(tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl());
+  if (tensor.defined() && tensor.has_storage())
+    __builtin_prefetch(tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl());
 }
 
 // Asks for the headers of tensors[i + 2 * headers_ahead] and of the memory of tensors[i + headers_ahead].

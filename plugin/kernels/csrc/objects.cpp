@@ -23,7 +23,8 @@ const at::Tensor* plain_tensor(PyObject* object) {
 }
 
 bool same_items(const py::list& first, const py::list& second) {
-  return first.size() == second.size() && std::memcmp(items_of(first), items_of(second), first.size() * sizeof(PyObject*)) == 0;
+  return first.size() == second.size() &&
+         std::memcmp(items_of(first), items_of(second), first.size() * sizeof(PyObject*)) == 0;
 }
 
 bool same_values(const py::dict& dict, const py::list& values) {
@@ -60,7 +61,8 @@ py::object gradients(const py::list& parameters, const std::vector<bool>& lacks_
     if (const at::Tensor* tensor = tensor_at(i + 3 * headers_ahead)) prefetch_header(*tensor);
     if (const at::Tensor* tensor = tensor_at(i + 2 * headers_ahead))
       prefetch_bytes(tensor->unsafeGetTensorImpl()->autograd_meta(), 64);
-    if (const at::Tensor* tensor = tensor_at(i + headers_ahead)) prefetch_header(tensor->unsafeGetTensorImpl()->grad());
+    if (const at::Tensor* tensor = tensor_at(i + headers_ahead))
+      prefetch_header(tensor->unsafeGetTensorImpl()->grad());
 
     const at::Tensor* tensor = tensor_at(i);
     py::object grad = tensor ? py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor->unsafeGetTensorImpl()->grad()))

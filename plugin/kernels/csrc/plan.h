@@ -73,7 +73,8 @@ class Plan {
     in_parallel_ranges(weights_.size(), [&](size_t begin, size_t end) {
       for (size_t i = begin; i < end; ++i) {
         prefetch_ahead(weights_, i);
-        if (!weights_[i].is_cpu() || weights_[i].scalar_type() != dtypes_[i] || weights_[i].sizes() != sizes_[i]) is = false;
+        const at::Tensor& weight = weights_[i];
+        if (!weight.is_cpu() || weight.scalar_type() != dtypes_[i] || weight.sizes() != sizes_[i]) is = false;
       }
     });
     return is;
@@ -134,8 +135,8 @@ class Plan {
     });
   }
 
-  // A whole step. Returns [5, num_layers] fp64: weight norm, direction norm, trust ratio, local learning rate, weight decay in
-  // force; and [num_layers] bool, whether the layer moved.
+  // A whole step. Returns [5, num_layers] fp64: weight norm, direction norm, trust ratio, local learning rate, weight
+  // decay in force; and [num_layers] bool, whether the layer moved.
   std::tuple<at::Tensor, at::Tensor> step(const py::list& grads, double grad_scale, double lr) {
     const Gradients gradients(grads, weights_);
     take(gradients, grad_scale);
@@ -380,7 +381,9 @@ class Plan {
   bool cuts_a_layer(int begin, int end, int team) const {
     for (int thread = 1; thread < team; ++thread) {
       const int first_chunk = cut(begin, end, thread, team);
-      if (first_chunk > begin && first_chunk < end && chunks_[first_chunk].layer == chunks_[first_chunk - 1].layer) return true;
+      if (first_chunk > begin && first_chunk < end &&
+          chunks_[first_chunk].layer == chunks_[first_chunk - 1].layer)
+        return true;
     }
     return false;
   }

@@ -46,7 +46,9 @@ inline std::vector<const at::Tensor*> tensors_in(const py::list& list) {
   PyObject** const items = PySequence_Fast_ITEMS(list.ptr());
   std::vector<const at::Tensor*> tensors(list.size());
   // whether another type is one of tensors is for Python to say, which other threads may not ask
-  auto plain_tensor = [&](size_t i) { return THPVariable_CheckExact(items[i]) ? &THPVariable_Unpack(items[i]) : nullptr; };
+  auto plain_tensor = [&](size_t i) {
+    return THPVariable_CheckExact(items[i]) ? &THPVariable_Unpack(items[i]) : nullptr;
+  };
   in_parallel_ranges(tensors.size(), [&](size_t begin, size_t end) {
     for (size_t i = begin; i < end; ++i) {
       if (i + 2 * headers_ahead < end) prefetch_bytes(items[i + 2 * headers_ahead], 64);
@@ -64,11 +66,12 @@ inline std::vector<const at::Tensor*> tensors_in(const py::list& list) {
   return tensors;
 }
 
-// The gradients of one call: those in a list, which outlives the call, or copies in the weights' layout. No copy outlives it,
-// so that nobody's memory is kept; made before the GIL is released, and gone after it is held again.
+// The gradients of one call: those in a list, which outlives the call, or copies in the weights' layout. No copy
+// outlives it, so that nobody's memory is kept; made before the GIL is released, and gone after it is held again.
 class Gradients {
  public:
-  Gradients(const py::list& list, const std::vector<at::Tensor>& weights) : given_(tensors_in(list)), copies_(list.size()) {
+  Gradients(const py::list& list, const std::vector<at::Tensor>& weights)
+      : given_(tensors_in(list)), copies_(list.size()) {
     TORCH_CHECK(given_.size() == weights.size(), "expected ", weights.size(), " gradients, got ", given_.size());
     std::atomic<bool> are_alike{true};
     in_parallel_ranges(given_.size(), [&](size_t begin, size_t end) {

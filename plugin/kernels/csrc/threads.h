@@ -25,7 +25,7 @@ inline int64_t second_level_cache_bytes() {
   return bytes;
 }
 
-// Calls work(thread, num_threads) on each thread of a team. Work that may throw must not wait for the others in between.
+// Calls work(thread, num_threads) on each thread of a team. Work that may throw must not wait for the others.
 template <class Work>
 void in_parallel(int num_threads, Work work) {
 #ifdef _OPENMP
@@ -49,7 +49,9 @@ void in_parallel(int num_threads, Work work) {
 template <class Work>
 void in_parallel_ranges(size_t count, Work work) {
   const int num_threads = count < 1000 ? 1 : at::get_num_threads();
-  in_parallel(num_threads, [&](size_t thread, size_t team) { work(count * thread / team, count * (thread + 1) / team); });
+  in_parallel(num_threads, [&](size_t thread, size_t team) {
+    work(count * thread / team, count * (thread + 1) / team);
+  });
 }
 
 inline void barrier(int num_threads) {
