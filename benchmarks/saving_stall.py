@@ -52,9 +52,9 @@ def recipe(arguments: argparse.Namespace) -> dict:
 
 
 def training_loop(arguments: argparse.Namespace, folder: str) -> TrainingLoop:
-    path = os.path.join(folder, "recipe.json")
-    if int(os.environ.get("RANK", 0)) == 0:
-        pathlib.Path(path).write_text(json.dumps(recipe(arguments)), encoding="utf-8")
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, f"recipe_rank{os.environ.get('RANK', 0)}.json")  # nobody waits for another's
+    pathlib.Path(path).write_text(json.dumps(recipe(arguments)), encoding="utf-8")
     run = train.prepare(parse_arguments(["--deepspeed_config", path, "--output", os.path.join(folder, "run")]))
     train.write_configs(run)
     return train.open_stage(run, run.stages[0], None)[0]
