@@ -12,7 +12,8 @@ core take 1.3 times as long in fp32 and twice in bf16.
 
 Running statistics are kept in fp32 whatever the compute type, and with momentum m they move by m a *step*: each of k micro-steps
 moves them by 1 - (1 - m)^(1/k). torch's 0.1 remembers some twenty steps: in a run of few large steps evaluation lags behind the
-weights, while one step of thousands of images tells the statistics well. Over the ranks they are averaged when they are needed: see average_running_statistics.
+weights, while one step of thousands of images tells the statistics well. Over the ranks they are averaged when they are needed:
+see average_running_statistics.
 """
 
 from __future__ import annotations

@@ -57,7 +57,6 @@ class ApexKernels(ReferenceKernels):
 
     name = "apex"
     is_fused = True
-    objects = None
 
     def __init__(self, applier: Any, functors: Any):
         self.applier, self.functors = applier, functors

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import largebatch
 from largebatch.kernels import dispatch
 from largebatch.kernels.interface import Segments, Span
-from support.backends import BACKENDS, OPTION_SETS, device_of, name_of, using
+from support.backends import BACKENDS, OPTION_SETS, device_of, name_of, threads, using
 from support.problems import relative_error
 
 NUM_STEPS = 6
@@ -160,16 +160,12 @@ def test_same_input_same_bits(backend, optimizer_class, options):
 @pytest.mark.parametrize("num_threads", [2, 3])
 def test_the_number_of_threads_does_not_matter(num_threads):
     shapes = ((300, 301), (7,), (120000,), (64, 3, 3, 3), (33000,))
-    before = torch.get_num_threads()
+    run = {"options": {"weight_decay": 0.01}, "dtype": torch.float32, "shapes": shapes, "num_steps": 2}
     results = []
     with using("cpp-portable") as kernels:
-        try:
-            for n in (1, num_threads):
-                torch.set_num_threads(n)
-                run = {"options": {"weight_decay": 0.01}, "dtype": torch.float32, "shapes": shapes, "num_steps": 2}
+        for n in (1, num_threads):
+            with threads(n):
                 results.append(trained(kernels, largebatch.LAMB, **run)[0])
-        finally:
-            torch.set_num_threads(before)
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
 

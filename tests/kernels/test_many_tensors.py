@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import largebatch
 from largebatch.optim.plan import PLAIN_OBJECTS
-from support.backends import using
+from support.backends import threads, using
 
 NUM_TENSORS = 2500
 
@@ -27,10 +27,8 @@ def objects(request):
 
 @pytest.fixture
 def three_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
+    with threads(3):
+        yield
 
 
 def many(dtype=torch.float32, seed=0):
@@ -80,15 +78,11 @@ def test_as_the_reference(optimizer_class, dtype, three_threads):
 
 @pytest.mark.parametrize("num_threads", [2, 3, 7])
 def test_the_number_of_threads_does_not_matter(num_threads):
-    before = torch.get_num_threads()
     results = []
     with using("cpp-portable") as kernels:
-        try:
-            for n in (1, num_threads):
-                torch.set_num_threads(n)
+        for n in (1, num_threads):
+            with threads(n):
                 results.append(trained(kernels, largebatch.LAMB)[0])
-        finally:
-            torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 

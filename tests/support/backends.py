@@ -73,3 +73,14 @@ def using(backend):
         yield kernels
     finally:
         chosen.module.use_instruction_set(fastest[0])
+
+
+@contextlib.contextmanager
+def threads(number):
+    """Inside, torch has so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
