@@ -92,11 +92,6 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.epochs is not None and arguments.steps is not None:
             raise ValueError("--epochs and --steps are both given; expected one of them")
-        if arguments.finished is not None and arguments.set:
-            raise ValueError(
-                f"--finished and --set {arguments.set[0]!r} are both given; a CSV does not tell whether its runs had that "
-                "setting. Leave one of them out"
-            )
         folder = arguments.recipes or os.path.dirname(os.path.abspath(largebatch.ds_configs.__file__))
         runs = expand(
             folder,
@@ -195,7 +190,9 @@ class Study:
 
     def row(self, run: GridRun) -> results.Row | None:
         """None if the run has not ended."""
-        return self.finished.get(run.name) or results.read_row(run, self.folder(run), self.arguments.metric)
+        return self.finished.get(run.name) or results.read_row(
+            run, self.recipe(run), self.folder(run), self.arguments.metric
+        )
 
     def rows(self) -> list[results.Row]:
         return [row for row in map(self.row, self.runs) if row is not None]
@@ -239,7 +236,7 @@ class Study:
         verb = " (resumed)" if runner.state_of(folder) == "resumable" else ""
         code = runner.train(self.launch, self.recipe(run), folder, lock=self.lock)
         seconds = time.monotonic() - start
-        row = results.read_row(run, folder, self.arguments.metric)
+        row = results.read_row(run, self.recipe(run), folder, self.arguments.metric)
         if row is None:
             reason = f"exit code {code}, {runner.why_failed(folder)} ({os.path.join(folder, 'log.txt')})"
             self.failed[run.name] = reason

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
 import os
@@ -10,8 +11,7 @@ import statistics
 from dataclasses import astuple, dataclass, fields
 from typing import Any
 
-from largebatch.launch.recipe_section import SECTION_DEFAULTS, stage_recipes
-from largebatch.launch.run_plan import make_plan
+from largebatch.launch.recipe_section import SECTION_DEFAULTS
 from largebatch.launch.study.grid import GridRun
 
 NOT_A_SETTING = (
@@ -44,6 +44,18 @@ def trained_with(section: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in (SECTION_DEFAULTS | section).items() if key not in NOT_A_SETTING}
 
 
+def digest(recipe: dict[str, Any]) -> str:
+    """Twelve hexadecimal digits that two recipes share if they ask for the same training but for the seed.
+
+    A key of the "largebatch" section counts as left out where it has its default. What a recipe leaves to the trainer or to
+    DeepSpeed ("auto", defaults) is not in it: another version of either may do otherwise.
+    """
+    section = trained_with(recipe["largebatch"])
+    section = {key: value for key, value in section.items() if key != "seed" and (key, value) not in SECTION_DEFAULTS.items()}
+    settings = json.dumps(recipe | {"largebatch": section}, sort_keys=True)
+    return hashlib.sha256(settings.encode()).hexdigest()[:12]
+
+
 def speed_of(end: dict[str, Any]) -> float:
     """Samples a second of an event "end"."""
     return next(end[name] for name in SPEEDS if name in end)
@@ -62,6 +74,7 @@ class Row:
         metric: name of the figure of merit, e.g. "top1"; value: at the end, on the whole test set.
         lr: at the peak; None where the recipe leaves it to the optimizer.
         final_loss: mean training loss of the last step. is_diverged: that it, or any before it, is not finite.
+        recipe: where the settings come from, for people; recipe_digest: the settings, for comparison (:func:`digest`).
     """
 
     model: str
@@ -79,13 +92,15 @@ class Row:
     samples_per_second: float
     ranks: int
     recipe: str
+    recipe_digest: str
     folder: str
 
 
-def read_row(run: GridRun, folder: str, metric: str | None) -> Row | None:
+def read_row(run: GridRun, recipe: dict[str, Any], folder: str, metric: str | None) -> Row | None:
     """The row of a run; None if it has not ended.
 
     Args:
+        recipe: that the run was given.
         metric: a name in the run's "end" event; None: the first figure there, which is the one of merit.
 
     Raises:
@@ -120,6 +135,7 @@ def read_row(run: GridRun, folder: str, metric: str | None) -> Row | None:
         samples_per_second=round(speed_of(end), 1),
         ranks=start["world_size"],
         recipe=run.cell.origin,
+        recipe_digest=digest(recipe),
         folder=os.path.basename(folder),
     )
 
@@ -169,29 +185,21 @@ def finished_row(run: GridRun, recipe: dict[str, Any], rows: list[Row], metric: 
         metric: as for :func:`read_row`.
 
     Raises:
-        ValueError: the row is of another recipe, learning rate, length or metric.
+        ValueError: the row is of other settings or another metric.
     """
     section = recipe["largebatch"]
     identity = (section["model"], section["data"], run.cell.optimizer, run.cell.batch, run.seed)
     row = next((r for r in rows if (r.model, r.data, r.optimizer, r.batch, r.seed) == identity), None)
     if row is None:
         return None
-    num_samples = round(row.steps * row.batch / row.epochs)
-    plans = [
-        make_plan(stage, num_samples=num_samples, world_size=row.ranks, output="") for stage in stage_recipes(recipe)
-    ]
-    wanted = {
-        "recipe": run.cell.origin,
-        "lr": plans[0].config["optimizer"]["params"].get("lr"),
-        "steps": sum(plan.num_steps for plan in plans),
-        "metric": metric or row.metric,
-    }
+    wanted = {"recipe": run.cell.origin, "recipe_digest": digest(recipe), "metric": metric or row.metric}
     found = [
         f"{name} {getattr(row, name)!r}, not {value!r}" for name, value in wanted.items() if getattr(row, name) != value
     ]
     if found:
         raise ValueError(
-            f"--finished has a row {row.folder} with {'; '.join(found)}; remove the row, or leave --finished out"
+            f"--finished has a row {row.folder} with {'; '.join(found)}: it was trained with other settings; remove the "
+            "row, or leave --finished out"
         )
     return row
 
