@@ -82,7 +82,7 @@ class ApexKernels(ReferenceKernels):
             is_good = bool(torch.isfinite(grad_norms).all()) and scale == scale
             if not is_good:
                 nothing = torch.zeros(num_layers, dtype=torch.bool, device=device)
-                return LayerFigures(figures[0], figures[1], figures[2].float(), figures[3], nothing)
+                return LayerFigures.of(*figures[:2], figures[2].float(), figures[3], nothing, lr=segments.lr)
             if scale > 1.0:  # apex's clip only makes gradients smaller
                 torch._foreach_mul_(grads, scale)
                 scale = 1.0
@@ -94,7 +94,7 @@ class ApexKernels(ReferenceKernels):
             adapted = torch.tensor(segments.are_adapted, device=device) & (figures[0] > 0) & (figures[1] > 0)
             figures[2] = torch.where(adapted, (figures[0].float() / figures[1].float()).double(), 1.0)
         everything = torch.ones(num_layers, dtype=torch.bool, device=device)
-        return LayerFigures(figures[0], figures[1], figures[2].float(), figures[3], everything)
+        return LayerFigures.of(*figures[:2], figures[2].float(), figures[3], everything, lr=segments.lr)
 
     def norms(self, tensors: list[Tensor]) -> Tensor:
         """[len(tensors)] fp32 L2 norms."""

@@ -66,9 +66,7 @@ class CppKernels:
 
     def step_(self, segments: Segments, *, grad_scale: Tensor | None) -> LayerFigures:
         with FlatPlan(self.module, segments) as plan:
-            figures, is_finite = plan.step(segments.grads, as_float(grad_scale), float(segments.lr))
-        weight_norm, direction_norm, ratio, _, weight_decay = figures.unbind()
-        return LayerFigures(weight_norm, direction_norm, ratio.to(segments.dtype), weight_decay, is_finite, figures)
+            return LayerFigures(*plan.step(segments.grads, as_float(grad_scale), float(segments.lr)))
 
 
 def as_float(grad_scale: Tensor | None) -> float:

@@ -97,23 +97,33 @@ class Segments:
 
 @dataclass(frozen=True)
 class LayerFigures:
-    """What a step found of its layers and did with them. All [num_layers], on the segments' device.
+    """What a step found of its layers and did with them, on the segments' device.
 
     Attributes:
-        weight_norm, direction_norm: fp64, L2 norms of whole layers before the step.
-        trust_ratio: compute dtype, 1 for layers that are not adapted.
-        weight_decay: fp64, coupled weight decay in force.
-        is_finite: bool; where False the layer's weights were left alone.
-        stats: [len(LayerStats.FIGURES), num_layers] fp64, the rows of largebatch.telemetry.LayerStats, where the backend
-            has made them.
+        stats: [len(LayerStats.FIGURES), num_layers] fp64, the rows of largebatch.telemetry.LayerStats.
+        is_finite: [num_layers] bool; where False the layer's weights were left alone.
+        have_all_moved: that is_finite is True everywhere; None where it is not known without waiting for the device.
     """
 
-    weight_norm: Tensor
-    direction_norm: Tensor
-    trust_ratio: Tensor
-    weight_decay: Tensor
+    stats: Tensor
     is_finite: Tensor
-    stats: Tensor | None = None
+    have_all_moved: bool | None = None
+
+    @classmethod
+    def of(
+        cls,
+        weight_norm: Tensor,
+        direction_norm: Tensor,
+        trust_ratio: Tensor,
+        weight_decay: Tensor,
+        is_finite: Tensor,
+        *,
+        lr: float | Tensor,
+    ) -> LayerFigures:
+        """All [num_layers]: fp64 L2 norms of whole layers before the step; trust ratio in the compute dtype, 1 for layers
+        that are not adapted; fp64 coupled weight decay in force; is_finite as above."""
+        local_lr = (lr * trust_ratio).double()  # rounded as in the step
+        return cls(torch.stack((weight_norm, direction_norm, trust_ratio.double(), local_lr, weight_decay)), is_finite)
 
 
 class Kernels(Protocol):

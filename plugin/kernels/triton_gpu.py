@@ -531,7 +531,8 @@ class TritonKernels:
             self.reduce(segments, tables, figures, moved, decides=True)
             self.second(segments, flat, tables, grad_scale, figures[2:], moved)
         weight_norm, direction_norm, ratio, weight_decay, _ = figures.unbind()
-        return LayerFigures(weight_norm, direction_norm, ratio.to(segments.dtype), weight_decay, moved.bool())
+        ratio = ratio.to(segments.dtype)
+        return LayerFigures.of(weight_norm, direction_norm, ratio, weight_decay, moved.bool(), lr=segments.lr)
 
     # --- launches -------------------------------------------------------------------------------------------------------
 

@@ -128,7 +128,7 @@ class Call:
             shrinkage=shrinkage,
             is_finite=is_finite,
         )
-        return LayerFigures(weight_norm, direction_norm, ratio, weight_decay, is_finite)
+        return LayerFigures.of(weight_norm, direction_norm, ratio, weight_decay, is_finite, lr=lr)
 
     def constant(self, name: str, dtype: torch.dtype) -> Tensor:
         """[num_layers] a per-layer list of the segments as a tensor on their device, made once."""
@@ -140,19 +140,8 @@ class Call:
 
     def stats_of(self, figures: LayerFigures, previous: LayerStats | None) -> LayerStats:
         """The figures of the layers that moved, and the previous ones of those that did not."""
-        stats = figures.stats
-        if stats is None:
-            ratio = figures.trust_ratio
-            local_lr = self.segments.lr * ratio  # rounded as in the step
-            rows = (
-                figures.weight_norm,
-                figures.direction_norm,
-                ratio.double(),
-                local_lr.double(),
-                figures.weight_decay,
-            )
-            stats = torch.stack(rows)
-        return LayerStats(self.names, stats).where(figures.is_finite, previous)
+        stats = LayerStats(self.names, figures.stats)
+        return stats if figures.have_all_moved else stats.where(figures.is_finite, previous)
 
 
 def sums_over_ranks(calls: list[Call], sums: list[Tensor]) -> list[Tensor]:

@@ -278,7 +278,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         bad = [
             policy.name
             for call, f in zip(calls, figures, strict=True)
-            if not f.is_finite.all()
+            if not (f.have_all_moved or f.is_finite.all())
             for policy, is_good in zip(call.policies, f.is_finite.tolist(), strict=True)
             if not is_good
         ]

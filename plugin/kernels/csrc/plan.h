@@ -12,35 +12,40 @@
 #include <optional>
 #include <vector>
 
+#include "chunk_queues.h"
 #include "headers.h"
 #include "instruction_sets.h"
 #include "passes.h"
+#include "rule.h"
 #include "tensors.h"
 #include "threads.h"
-#include "trust_ratio.h"
 
 namespace largebatch {
 
 struct Chunk {
-  int layer;
-  int64_t begin, end;
+  int layer, index;  // the index-th chunk_numel elements of the layer
+};
+
+// How a layer is to be treated, by its number in Python.
+struct Treatment {
+  double weight_decay, decoupled_weight_decay;
+  uint32_t seed;
+  bool is_adapted;
 };
 
 class Plan {
  public:
   Plan(std::vector<at::Tensor> weights, std::vector<std::vector<at::Tensor>> states, std::vector<at::Tensor> steps,
-       const std::vector<std::array<int64_t, 5>>& spans, std::vector<double> weight_decays,
-       std::vector<double> decoupled_weight_decays, std::vector<bool> are_adapted, std::vector<uint32_t> seeds,
-       const py::dict& rule, bool may_overwrite_grads)
+       const std::vector<std::array<int64_t, 5>>& spans, const std::vector<double>& weight_decays,
+       const std::vector<double>& decoupled_weight_decays, const std::vector<bool>& are_adapted,
+       const std::vector<uint32_t>& seeds, const py::dict& rule, bool may_overwrite_grads)
       : weights_(std::move(weights)),
         states_(std::move(states)),
         steps_(std::move(steps)),
-        weight_decays_(std::move(weight_decays)),
-        decoupled_weight_decays_(std::move(decoupled_weight_decays)),
-        are_adapted_(std::move(are_adapted)),
-        seeds_(std::move(seeds)),
-        may_overwrite_grads_(may_overwrite_grads) {
-    read(rule);
+        may_overwrite_grads_(may_overwrite_grads),
+        rule_(rule_of(rule)) {
+    for (size_t row = 0; row < weight_decays.size(); ++row)
+      treatments_.push_back({weight_decays[row], decoupled_weight_decays[row], seeds[row], are_adapted[row]});
     for (const auto& weight : weights_) {
       dtypes_.push_back(weight.scalar_type());
       sizes_.push_back(weight.sizes().vec());
@@ -54,16 +59,16 @@ class Plan {
       rows_.push_back(row);
       first_chunks_.push_back(static_cast<int>(chunks_.size()));
       for (int64_t begin = 0; begin < numel; begin += chunk_numel) {
-        chunks_.push_back({static_cast<int>(layers_.size()), begin, std::min(begin + chunk_numel, numel)});
-        cumulative_.push_back(total_numel_ += chunks_.back().end - begin);
+        chunks_.push_back({static_cast<int>(layers_.size()), static_cast<int>(begin / chunk_numel)});
+        cumulative_.push_back(total_numel_ += std::min(chunk_numel, numel - begin));
       }
       layers_.push_back(layer);
     }
     first_chunks_.push_back(static_cast<int>(chunks_.size()));
-    std::vector<bool> has_span(weight_decays_.size(), false);
+    std::vector<bool> has_span(treatments_.size(), false);
     for (int64_t row : rows_) has_span[row] = true;
-    for (int64_t row = 0; row < static_cast<int64_t>(weight_decays_.size()); ++row)
-      if (!has_span[row]) empty_rows_.push_back(row);
+    for (size_t row = 0; row < treatments_.size(); ++row)
+      if (!has_span[row]) empty_rows_.push_back(static_cast<int64_t>(row));
     sums_.resize(2 * chunks_.size());
   }
 
@@ -98,15 +103,11 @@ class Plan {
   at::Tensor accumulate(const py::list& grads, double grad_scale) {
     const Gradients gradients(grads, weights_);
     take(gradients, grad_scale);
-    const auto num_layers = static_cast<int64_t>(weight_decays_.size());
+    const auto num_layers = static_cast<int64_t>(treatments_.size());
     at::Tensor sums = at::zeros({num_layers, 2}, at::kDouble);
     {
       py::gil_scoped_release release;
-      const int num_threads = num_threads_for(total_numel_);
-      in_parallel(num_threads, [&](int thread, int team) {
-        const auto [begin, end] = share(0, static_cast<int>(chunks_.size()), thread, team);
-        for (int c = begin; c < end; ++c) first(c, in_grad(c));
-      });
+      for_each_chunk(static_cast<int>(chunks_.size()), num_threads_for(total_numel_), [&](int c) { first(c, in_grad(c)); });
       double* out = sums.data_ptr<double>();
       for (size_t l = 0; l < layers_.size(); ++l) layer_sums(static_cast<int>(l), out + 2 * rows_[l]);
     }
@@ -125,92 +126,81 @@ class Plan {
     py::gil_scoped_release release;
     for (size_t l = 0; l < layers_.size(); ++l) {
       const int64_t row = rows_[l];
-      set_ratio(layers_[l].scalars, lr, ratio[row], decay[row], shrink ? shrink[row] : 1.0);
+      set_ratio(layers_[l].scalars, rule_, is_fp64_, lr, ratio[row], decay[row], shrink ? shrink[row] : 1.0);
     }
-    const int num_threads = num_threads_for(total_numel_);
-    in_parallel(num_threads, [&](int thread, int team) {
-      const auto [begin, end] = share(0, static_cast<int>(chunks_.size()), thread, team);
-      for (int c = end - 1; c >= begin; --c)
-        if (good[rows_[chunks_[c].layer]]) second(c, layers_[chunks_[c].layer], in_grad(c));
+    const auto num_chunks = static_cast<int>(chunks_.size());
+    for_each_chunk(num_chunks, num_threads_for(total_numel_), [&](int i) {
+      const int c = num_chunks - 1 - i;  // the last are still in the cache
+      if (good[rows_[chunks_[c].layer]]) second(c, layers_[chunks_[c].layer], in_grad(c));
     });
   }
 
   // A whole step. Returns [5, num_layers] fp64: weight norm, direction norm, trust ratio, local learning rate, weight
-  // decay in force; and [num_layers] bool, whether the layer moved.
-  std::tuple<at::Tensor, at::Tensor> step(const py::list& grads, double grad_scale, double lr) {
+  // decay in force; [num_layers] bool, whether the layer moved; and whether all have.
+  std::tuple<at::Tensor, at::Tensor, bool> step(const py::list& grads, double grad_scale, double lr) {
     const Gradients gradients(grads, weights_);
     take(gradients, grad_scale);
-    const auto num_layers = static_cast<int64_t>(weight_decays_.size());
-    at::Tensor figures = at::zeros({5, num_layers}, at::kDouble);
+    const auto num_layers = static_cast<int64_t>(treatments_.size());
+    at::Tensor figures = at::zeros({num_layers, 5}, at::kDouble);
     at::Tensor moved = at::ones({num_layers}, at::kBool);
     double* out = figures.data_ptr<double>();
     bool* good = moved.data_ptr<bool>();
     py::gil_scoped_release release;
     const double nothing[2] = {0.0, 0.0};
     Layer empty{};
-    for (int64_t row : empty_rows_) decide(empty, row, nothing, lr, out, num_layers);
+    for (int64_t row : empty_rows_) decide(empty, row, nothing, lr, out);
     const int num_threads = num_threads_for(total_numel_);
-    const std::vector<int>& waves = waves_for(num_threads);
+    plan_waves(num_threads);
+    const int num_waves = static_cast<int>(waves_.size()) - 1;
+    ChunkQueues queues(num_threads);
     in_parallel(num_threads, [&](int thread, int team) {
-      for (size_t wave = 0; wave + 1 < waves.size(); ++wave) {
-        const auto [begin, end] = share(waves[wave], waves[wave + 1], thread, team);
-        // the direction of the chunks that the second pass takes up first is kept aside, as far as there is room
-        const int64_t room = std::max<int64_t>(static_cast<int64_t>(scratch_.size()) / team / bytes_of_chunk(), 0);
-        char* const scratch = scratch_.data() + thread * room * bytes_of_chunk();
+      std::vector<int>& done = done_[thread];
+      // the direction of the chunks that the second pass takes up first is kept aside, as far as there is room
+      const int64_t room = static_cast<int64_t>(scratch_.size()) / team / bytes_of_chunk();
+      char* const scratch = scratch_.data() + thread * room * bytes_of_chunk();
+      auto fill = [&](int wave) {
+        if (wave == num_waves) return;
+        queues.fill(wave % ChunkQueues::num_sets, thread, cut(wave, thread, team), cut(wave, thread + 1, team));
+      };
+      fill(0);
+      barrier(team);
+      for (int wave = 0; wave < num_waves; ++wave) {
+        const int begin = cut(wave, thread, team), end = cut(wave, thread + 1, team);
         auto kept = [&](int c) -> void* {
-          if (keeps_in_grads_ || end - c > room) return in_grad(c);
-          return scratch + (end - 1 - c) * bytes_of_chunk();
+          if (keeps_in_grads_) return in_grad(c);
+          return c >= begin && c < end && end - c <= room ? scratch + (end - 1 - c) * bytes_of_chunk() : nullptr;
         };
-        for (int c = begin; c < end; ++c) first(c, kept(c));
-        if (cuts_a_layer(waves[wave], waves[wave + 1], team)) barrier(team);
+        done.clear();
+        for (Chunks taken; !(taken = queues.take(wave % ChunkQueues::num_sets, thread, team)).empty();)
+          for (int c = taken.begin; c < taken.end; ++c) {
+            first(c, kept(c));
+            done.push_back(c);
+          }
+        fill(wave + 1);
+        barrier(team);
         int current = -1;
         bool is_good = false;
         Layer layer{};
-        for (int c = end - 1; c >= begin; --c) {
-          const int l = chunks_[c].layer;
-          if (l != current) {
-            current = l;
+        double found[2];
+        for (auto c = done.rbegin(); c != done.rend(); ++c) {  // the last are still in the cache
+          const int l = chunks_[*c].layer;
+          // every thread that has a part of the layer computes the same; the one with its first chunk reports it
+          const bool is_reporter = *c == first_chunks_[l];
+          if (l != current) layer_sums(l, found);
+          if (l != current || is_reporter) {
             layer = layers_[l];
-            double found[2];
-            layer_sums(l, found);
-            // every thread that has a part of the layer computes the same; the owner of the first chunk reports it
-            const bool is_reporter = begin <= first_chunks_[l];
-            is_good = decide(layer, rows_[l], found, lr, is_reporter ? out : nullptr, num_layers);
+            is_good = decide(layer, rows_[l], found, lr, is_reporter ? out : nullptr);
             if (is_reporter) good[rows_[l]] = is_good;
+            current = l;
           }
-          if (is_good) second(c, layer, kept(c));
+          if (is_good) second(*c, layer, kept(*c));
         }
       }
     });
-    return {figures, moved};
+    return {figures.t(), moved, std::all_of(good, good + num_layers, [](bool is) { return is; })};
   }
 
  private:
-  void read(const py::dict& rule) {
-    auto number = [&](const char* name, double otherwise) {
-      return rule.contains(name) ? rule[name].cast<double>() : otherwise;
-    };
-    auto truth = [&](const char* name, bool otherwise) { return rule.contains(name) ? rule[name].cast<bool>() : otherwise; };
-    auto bounds = [&](const char* name, bool& has, double* values) {
-      if (!rule.contains(name) || rule[name].is_none()) return;
-      const auto pair = rule[name].cast<std::pair<double, double>>();
-      has = true;
-      values[0] = pair.first;
-      values[1] = pair.second;
-    };
-    rule_.algorithm = static_cast<Algorithm>(rule["algorithm"].cast<int>());
-    rule_.beta1 = number("beta1", 0), rule_.beta2 = number("beta2", 0), rule_.eps = number("eps", 0);
-    rule_.momentum = number("momentum", 0), rule_.trust_coefficient = number("trust_coefficient", 1);
-    rule_.bias_correction = truth("bias_correction", false);
-    rule_.bias_correction_in_lr = truth("bias_correction_in_lr", false);
-    rule_.nesterov = truth("nesterov", false), rule_.lr_in_momentum = truth("lr_in_momentum", true);
-    rule_.larc_clip = truth("larc_clip", false), rule_.decay_in_ratio = truth("decay_in_ratio", true);
-    rule_.damp_ratio_by_momentum = truth("damp_ratio_by_momentum", false);
-    rule_.skip_zero_norm_layers = truth("skip_zero_norm_layers", false);
-    bounds("weight_norm_bounds", rule_.has_weight_norm_bounds, rule_.weight_norm_bounds);
-    bounds("trust_ratio_bounds", rule_.has_trust_ratio_bounds, rule_.trust_ratio_bounds);
-  }
-
   // Addresses and scalars of this step.
   void take(const Gradients& grads, double grad_scale) {
     step_at_.resize(steps_.size());
@@ -231,10 +221,10 @@ class Plan {
         Layer& layer = layers_[l];
         const int64_t t = tensors_[l];
         const double step = steps_.empty() ? 0.0 : static_cast<double>(*step_at_[t]) + 1.0;
-        if (step != last_step) common = scalars_of(last_step = step, grad_scale);
+        if (step != last_step) common = scalars_of(rule_, last_step = step, grad_scale);
         layer.scalars = common;
-        layer.scalars.weight_decay = weight_decays_[rows_[l]];
-        layer.rounding_key = rounding_key(seeds_[rows_[l]], step);
+        layer.scalars.weight_decay = treatments_[rows_[l]].weight_decay;
+        layer.rounding_key = rounding_key(treatments_[rows_[l]].seed, step);
         place(layer, weights_[t], grads[t], states_[t], starts_[l]);
         if (layer.state_dtype == Dtype::bf16) can_keep = false;
         // not through a copy of the gradient, which would not be there in the second pass of a step in two calls
@@ -272,82 +262,49 @@ class Plan {
   void* in_grad(int c) const {
     if (!keeps_in_grads_) return nullptr;
     const void* grad = layers_[chunks_[c].layer].grad;
-    return static_cast<char*>(const_cast<void*>(grad)) + chunks_[c].begin * bytes_of_element();
-  }
-
-  Scalars scalars_of(double step, double grad_scale) const {
-    Scalars s{};
-    s.grad_scale = grad_scale;
-    s.beta1 = rule_.beta1, s.beta2 = rule_.beta2, s.eps = rule_.eps, s.momentum = rule_.momentum;
-    s.is_nesterov = rule_.nesterov;
-    s.shrinkage = 1.0, s.step_size = 1.0;
-    s.m_in_m_hat = 1.0, s.v_in_v_hat = 1.0;
-    if (rule_.algorithm == Algorithm::lamb) {
-      const double rest1 = 1.0 - std::pow(rule_.beta1, step), rest2 = 1.0 - std::pow(rule_.beta2, step);
-      if (rule_.bias_correction) s.m_in_m_hat = 1.0 / rest1, s.v_in_v_hat = 1.0 / rest2;
-      if (rule_.bias_correction_in_lr) s.step_size = std::sqrt(rest2) / rest1;
-    } else if (rule_.algorithm == Algorithm::nlamb || rule_.algorithm == Algorithm::nnlamb) {
-      s.m_in_m_hat = rule_.beta1 / (1.0 - std::pow(rule_.beta1, step + 1));
-      s.grad_in_m_hat = (1.0 - rule_.beta1) / (1.0 - std::pow(rule_.beta1, step));
-      const bool looks_ahead = rule_.algorithm == Algorithm::nnlamb;
-      s.v_in_v_hat = rule_.beta2 / (1.0 - std::pow(rule_.beta2, looks_ahead ? step + 1 : step));
-      s.grad_in_v_hat = looks_ahead ? (1.0 - rule_.beta2) / (1.0 - std::pow(rule_.beta2, step)) : 0.0;
-    }
-    return s;
-  }
-
-  static uint32_t rounding_key(uint32_t seed, double step) {
-    uint32_t x = seed + static_cast<uint32_t>(static_cast<int64_t>(step));
-    x ^= x >> 16;
-    x *= 0x85EBCA6Bu;
-    x ^= x >> 13;
-    x *= 0xC2B2AE35u;
-    return x ^ x >> 16;
-  }
-
-  double local_lr(double lr, double ratio) const {
-    return is_fp64_ ? lr * ratio : static_cast<float>(lr) * static_cast<float>(ratio);
-  }
-
-  // Once the ratio is known. step_size comes in as the bias correction that belongs to the learning rate.
-  void set_ratio(Scalars& s, double lr, double ratio, double weight_decay, double shrinkage) const {
-    s.weight_decay = weight_decay;
-    s.shrinkage = shrinkage;
-    const double corrected = lr * s.step_size;
-    s.step_size = is_fp64_ ? corrected * ratio : static_cast<float>(corrected) * static_cast<float>(ratio);
-    s.inside = rule_.lr_in_momentum ? local_lr(lr, ratio) : ratio;
-    s.outside = rule_.lr_in_momentum ? 1.0 : lr;
+    return static_cast<char*>(const_cast<void*>(grad)) + chunks_[c].index * bytes_of_chunk();
   }
 
   // Trust ratio of a layer from its sums of squares; false if the layer must not move.
-  bool decide(Layer& layer, int64_t row, const double* sums, double lr, double* out, int64_t num_layers) const {
-    const double shrinkage = decoupled_weight_decays_[row] != 0.0 ? 1.0 - lr * decoupled_weight_decays_[row] : 1.0;
+  bool decide(Layer& layer, int64_t row, const double* sums, double lr, double* out) const {
+    const auto& [decay, decoupled_decay, seed, is_adapted] = treatments_[row];
+    const double shrinkage = decoupled_decay != 0.0 ? 1.0 - lr * decoupled_decay : 1.0;
     double weight_norm = std::sqrt(sums[0]);
     if (shrinkage != 1.0) weight_norm *= std::abs(shrinkage);
     const double direction_norm = std::sqrt(sums[1]);
-    const double decay = weight_decays_[row];
-    double ratio = are_adapted_[row] ? trust_ratio(rule_, weight_norm, direction_norm, lr, decay) : 1.0;
+    double ratio = is_adapted ? trust_ratio(rule_, weight_norm, direction_norm, lr, decay) : 1.0;
     if (!is_fp64_) ratio = static_cast<float>(ratio);  // rounded once, here
     const bool is_defined = weight_norm > 0 && direction_norm > 0;
     const double decay_in_force = rule_.skip_zero_norm_layers && !is_defined ? 0.0 : decay;
     if (out) {
-      out[row] = weight_norm;
-      out[num_layers + row] = direction_norm;
-      out[2 * num_layers + row] = ratio;
-      out[3 * num_layers + row] = local_lr(lr, ratio);
-      out[4 * num_layers + row] = decay_in_force;
+      const double figures[] = {weight_norm, direction_norm, ratio, local_lr(is_fp64_, lr, ratio), decay_in_force};
+      std::copy(std::begin(figures), std::end(figures), out + 5 * row);
     }
-    set_ratio(layer.scalars, lr, ratio, decay_in_force, shrinkage);
+    set_ratio(layer.scalars, rule_, is_fp64_, lr, ratio, decay_in_force, shrinkage);
     return std::isfinite(sums[0]) && std::isfinite(sums[1]);
   }
 
+  std::pair<int64_t, int64_t> elements(int c, const Layer& layer) const {
+    const int64_t begin = chunks_[c].index * chunk_numel;
+    return {begin, std::min(begin + chunk_numel, layer.numel)};
+  }
+
   void first(int c, void* kept) {
-    const Chunk& chunk = chunks_[c];
-    passes_in_use()->first(rule_.algorithm, is_fp64_, layers_[chunk.layer], chunk.begin, chunk.end, &sums_[2 * c], kept);
+    // a step that streams through memory leaves nothing of all this in the caches
+    __builtin_prefetch(chunks_.data() + c + 32);
+    __builtin_prefetch(sums_.data() + 2 * (c + 16), 1);
+    const Layer& layer = layers_[chunks_[c].layer];
+    const auto [begin, end] = elements(c, layer);
+    if (begin == 0) {
+      __builtin_prefetch(&treatments_[rows_[chunks_[c].layer]]);
+      __builtin_prefetch(&layer + 1), __builtin_prefetch(reinterpret_cast<const char*>(&layer + 1) + 64);
+    }
+    passes_in_use()->first(rule_.algorithm, is_fp64_, layer, begin, end, &sums_[2 * c], kept);
   }
 
   void second(int c, const Layer& layer, const void* kept) const {
-    passes_in_use()->second(rule_.algorithm, is_fp64_, layer, chunks_[c].begin, chunks_[c].end, kept);
+    const auto [begin, end] = elements(c, layer);
+    passes_in_use()->second(rule_.algorithm, is_fp64_, layer, begin, end, kept);
   }
 
   void layer_sums(int l, double* out) const {
@@ -358,39 +315,20 @@ class Plan {
     }
   }
 
-  // The chunks in [begin, end) that a thread takes: neighbours, of about equal size.
-  std::pair<int, int> share(int begin, int end, int thread, int team) const {
-    return {cut(begin, end, thread, team), cut(begin, end, thread + 1, team)};
-  }
-
-  // The first chunk of a thread in [begin, end). Small layers are not cut, so that nobody has to wait for their sums.
-  int cut(int begin, int end, int thread, int team) const {
-    if (thread == 0) return begin;
+  // The first chunk of a thread's own range in a wave; of the thread after the last, the end. About equal elements each.
+  int cut(int wave, int thread, int team) const {
+    const int begin = waves_[wave], end = waves_[wave + 1];
     if (thread == team) return end;
     const int64_t before = begin == 0 ? 0 : cumulative_[begin - 1];
     const int64_t numel = (end == 0 ? 0 : cumulative_[end - 1]) - before;
-    const auto chunk = static_cast<int>(std::lower_bound(cumulative_.begin() + begin, cumulative_.begin() + end,
-                                                         before + numel * thread / team) -
-                                        cumulative_.begin());
-    if (chunk == end) return end;
-    const int layer = chunks_[chunk].layer;
-    return layers_[layer].numel * 16 * team <= numel ? std::max(first_chunks_[layer], begin) : chunk;
-  }
-
-  // Whether two threads have a part of one layer among the chunks in [begin, end).
-  bool cuts_a_layer(int begin, int end, int team) const {
-    for (int thread = 1; thread < team; ++thread) {
-      const int first_chunk = cut(begin, end, thread, team);
-      if (first_chunk > begin && first_chunk < end &&
-          chunks_[first_chunk].layer == chunks_[first_chunk - 1].layer)
-        return true;
-    }
-    return false;
+    return static_cast<int>(std::lower_bound(cumulative_.begin() + begin, cumulative_.begin() + end,
+                                             before + numel * thread / team) -
+                            cumulative_.begin());
   }
 
   // Chunk numbers at which waves begin, for as much memory as the threads' caches hold; whole layers only.
-  const std::vector<int>& waves_for(int num_threads) {
-    if (wave_threads_ == num_threads) return waves_;
+  void plan_waves(int num_threads) {
+    if (wave_threads_ == num_threads) return;
     const int64_t bytes = 16;  // an element's weight, gradient and state, in fp32
     const int64_t wave_numel = num_threads * second_level_cache_bytes() * 3 / 4 / bytes;
     waves_.assign(1, 0);
@@ -403,8 +341,11 @@ class Plan {
       filled += layers_[l].numel;
     }
     waves_.push_back(static_cast<int>(chunks_.size()));
+    int longest = 0;
+    for (size_t w = 0; w + 1 < waves_.size(); ++w) longest = std::max(longest, waves_[w + 1] - waves_[w]);
+    done_.resize(num_threads);
+    for (auto& done : done_) done.reserve(longest);
     wave_threads_ = num_threads;
-    return waves_;
   }
 
   std::vector<at::Tensor> weights_;
@@ -413,11 +354,9 @@ class Plan {
   std::vector<std::vector<at::Tensor>> states_;
   std::vector<at::Tensor> steps_;
   std::vector<float*> step_at_;  // in this step
-  std::vector<double> weight_decays_, decoupled_weight_decays_;
-  std::vector<bool> are_adapted_;
-  std::vector<uint32_t> seeds_;
+  std::vector<Treatment> treatments_;
   bool may_overwrite_grads_;
-  Rule rule_{};
+  Rule rule_;
   bool is_fp64_ = false;
   bool can_keep_ = false, keeps_in_grads_ = false;  // of the direction between the passes
   std::vector<char> scratch_;                       // a hundredth of the parameters' memory
@@ -430,6 +369,7 @@ class Plan {
   std::vector<int64_t> cumulative_;
   std::vector<double> sums_;                       // [num_chunks, 2]
   std::vector<int> waves_;
+  std::vector<std::vector<int>> done_;  // chunks of a wave, thread by thread
   int wave_threads_ = 0;
 };
 
