@@ -51,7 +51,9 @@ def digest(recipe: dict[str, Any]) -> str:
     DeepSpeed ("auto", defaults) is not in it: another version of either may do otherwise.
     """
     section = trained_with(recipe["largebatch"])
-    section = {key: value for key, value in section.items() if key != "seed" and (key, value) not in SECTION_DEFAULTS.items()}
+    section = {
+        key: value for key, value in section.items() if key != "seed" and (key, value) not in SECTION_DEFAULTS.items()
+    }
     settings = json.dumps(recipe | {"largebatch": section}, sort_keys=True)
     return hashlib.sha256(settings.encode()).hexdigest()[:12]
 
