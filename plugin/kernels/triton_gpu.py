@@ -87,7 +87,6 @@ class Tables:
     host_addresses: Tensor
     known: list[int]
     """Addresses that the device has."""
-    is_aligned: bool
     lr: Tensor
 
     @property
@@ -193,7 +192,6 @@ class TritonKernels:
             "G": DTYPES[flat.grads[0].dtype],
             "S": DTYPES[flat.states[0][0].dtype],
             "HAS_STEPS": bool(segments.steps),
-            "IS_ALIGNED": tables.is_aligned,
             "CHUNK": CHUNK_NUMEL,
             "BLOCK": BLOCK_NUMEL,
         }
@@ -261,7 +259,6 @@ class TritonKernels:
         known = [c[i] + start * size for c, size in zip(addresses, sizes, strict=True) for i, start in starts]
         if known != tables.known:
             tables.known = known
-            tables.is_aligned = all(a % 16 == 0 for a in known)
             tables.host_addresses.view(-1)[: len(known)].copy_(torch.tensor(known, dtype=torch.int64))
             tables.addresses.copy_(tables.host_addresses, non_blocking=True)
             if segments.steps:
@@ -301,7 +298,6 @@ class TritonKernels:
             addresses=torch.zeros(shape, dtype=torch.int64, device=device),
             host_addresses=torch.zeros(shape, dtype=torch.int64, pin_memory=device.type == "cuda"),
             known=[],
-            is_aligned=False,
             lr=torch.zeros((), dtype=torch.float64, device=device),
         )
 

@@ -23,11 +23,33 @@ ROW_BLOCK = 128
 
 
 @triton.jit
-def address(addresses, index, DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr):
-    pointer = tl.load(addresses + index).to(tl.pointer_type(DTYPE))
-    if IS_ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
+def is_wide(start, numel, w, g, state0, state1, CHUNK: tl.constexpr):
+    """Whether a chunk is whole and everything in it lies at multiples of 16 bytes, so that it can be moved 16 bytes at a time."""
+    return (start + CHUNK <= numel) & ((w | g | state0 | state1) % 16 == 0)
+
+
+@triton.jit
+def pointer(address, DTYPE: tl.constexpr, IS_WIDE: tl.constexpr):
+    there = address.to(tl.pointer_type(DTYPE))
+    if IS_WIDE:
+        there = tl.multiple_of(there, 16)
+    return there
+
+
+@triton.jit
+def loaded(array, index, mask, T: tl.constexpr, IS_WIDE: tl.constexpr):
+    if IS_WIDE:
+        return tl.load(array + index).to(T)
+    else:
+        return tl.load(array + index, mask=mask, other=0.0).to(T)
+
+
+@triton.jit
+def stored(array, index, mask, values, IS_WIDE: tl.constexpr):
+    if IS_WIDE:
+        tl.store(array + index, values)
+    else:
+        tl.store(array + index, values, mask=mask)
 
 
 @triton.jit
@@ -52,7 +74,34 @@ def one_minus_power(options, beta, log_beta, exponent):
 
 
 @triton.jit
-def direction(w, g, m, v, options, step, decay, ALGORITHM: tl.constexpr, CORRECTS: tl.constexpr, T: tl.constexpr):
+def coefficients(options, step, ALGORITHM: tl.constexpr, CORRECTS: tl.constexpr, T: tl.constexpr):
+    """Of m and g in m_hat, of v and g^2 in v_hat, and eps; the same for all elements of a layer."""
+    of_m = tl.full((), 1.0, T)
+    of_g = tl.full((), 0.0, T)
+    of_v = tl.full((), 1.0, T)
+    of_g2 = tl.full((), 0.0, T)
+    if ALGORITHM == LAMB_:
+        if CORRECTS == CORRECTION:
+            of_m = (1.0 / one_minus_power(options, BETA1, LOG_BETA1, step)).to(T)
+            of_v = (1.0 / one_minus_power(options, BETA2, LOG_BETA2, step)).to(T)
+    elif (ALGORITHM == NLAMB_) | (ALGORITHM == NNLAMB_):
+        beta1 = tl.load(options + BETA1)
+        beta2 = tl.load(options + BETA2)
+        of_m = (beta1 / one_minus_power(options, BETA1, LOG_BETA1, step + 1)).to(T)
+        of_g = ((1.0 - beta1) / one_minus_power(options, BETA1, LOG_BETA1, step)).to(T)
+        if ALGORITHM == NLAMB_:
+            of_v = (beta2 / one_minus_power(options, BETA2, LOG_BETA2, step)).to(T)
+        else:
+            of_v = (beta2 / one_minus_power(options, BETA2, LOG_BETA2, step + 1)).to(T)
+            of_g2 = ((1.0 - beta2) / one_minus_power(options, BETA2, LOG_BETA2, step)).to(T)
+    return of_m, of_g, of_v, of_g2, tl.load(options + EPS).to(T)
+
+
+@triton.jit
+def direction(
+    w, g, m, v, of_m, of_g, of_v, of_g2, eps, decay,
+    ALGORITHM: tl.constexpr, CORRECTS: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
     """Rule.direction of rules that accumulate."""
     if ALGORITHM == LARS2019_:
         return m
@@ -61,21 +110,14 @@ def direction(w, g, m, v, options, step, decay, ALGORITHM: tl.constexpr, CORRECT
         v_hat = v
         if ALGORITHM == LAMB_:
             if CORRECTS == CORRECTION:
-                m_hat = m * (1.0 / one_minus_power(options, BETA1, LOG_BETA1, step)).to(T)
-                v_hat = v * (1.0 / one_minus_power(options, BETA2, LOG_BETA2, step)).to(T)
+                m_hat = m * of_m
+                v_hat = v * of_v
         else:
-            beta1 = tl.load(options + BETA1)
-            beta2 = tl.load(options + BETA2)
-            of_m = (beta1 / one_minus_power(options, BETA1, LOG_BETA1, step + 1)).to(T)
-            of_g = ((1.0 - beta1) / one_minus_power(options, BETA1, LOG_BETA1, step)).to(T)
             m_hat = of_m * m + of_g * g
-            if ALGORITHM == NLAMB_:
-                v_hat = (beta2 / one_minus_power(options, BETA2, LOG_BETA2, step)).to(T) * v
-            else:
-                of_v = (beta2 / one_minus_power(options, BETA2, LOG_BETA2, step + 1)).to(T)
-                of_g2 = ((1.0 - beta2) / one_minus_power(options, BETA2, LOG_BETA2, step)).to(T)
-                v_hat = of_v * v + of_g2 * (g * g)
-        return m_hat / (root(v_hat, T) + tl.load(options + EPS).to(T)) + decay * w
+            v_hat = of_v * v
+            if ALGORITHM == NNLAMB_:
+                v_hat = v_hat + of_g2 * (g * g)
+        return m_hat / (root(v_hat, T) + eps) + decay * w
 
 
 @triton.jit
@@ -103,6 +145,81 @@ def stochastically_rounded(x, element, seed, step, STATE: tl.constexpr):
 
 
 @triton.jit
+def first_chunk(
+    w_address,
+    g_address,
+    state0_address,
+    state1_address,
+    start,
+    numel,
+    layer_start,
+    step,
+    seed,
+    scale,
+    decay,
+    options,
+    ALGORITHM: tl.constexpr,
+    CORRECTS: tl.constexpr,
+    T: tl.constexpr,
+    W: tl.constexpr,
+    G: tl.constexpr,
+    S: tl.constexpr,
+    IS_WIDE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Renews the state of a chunk if the rule accumulates; the sums of squares of its weights and its direction."""
+    weights = pointer(w_address, W, IS_WIDE)
+    grads = pointer(g_address, G, IS_WIDE)
+    state0 = pointer(state0_address, S, IS_WIDE)
+    state1 = pointer(state1_address, S, IS_WIDE)
+    weight_sums = tl.zeros((BLOCK,), tl.float64)
+    direction_sums = tl.zeros((BLOCK,), tl.float64)
+    of_m, of_g, of_v, of_g2, eps = coefficients(options, step, ALGORITHM, CORRECTS, T)
+    momentum = tl.load(options + MOMENTUM)
+    beta1 = tl.load(options + BETA1)
+    beta2 = tl.load(options + BETA2)
+    for offset in range(0, CHUNK, BLOCK):
+        index = start + offset + tl.arange(0, BLOCK)
+        mask = index < numel
+        w = loaded(weights, index, mask, T, IS_WIDE)
+        g = loaded(grads, index, mask, T, IS_WIDE) * scale
+        u = g
+        if ALGORITHM != LARS2017_:
+            old_m = loaded(state0, index, mask, T, IS_WIDE)
+            if ALGORITHM == LARS2019_:
+                m = momentum.to(T) * old_m + (1.0 - momentum).to(T) * (g + decay * w)
+                v = m
+                is_good = is_finite(m)
+                m = tl.where(is_good, m, old_m)
+                if S == tl.bfloat16:
+                    m = stochastically_rounded(m, layer_start + index, seed, step, 0)
+                stored(state0, index, mask, m.to(S), IS_WIDE)
+            else:
+                old_v = loaded(state1, index, mask, T, IS_WIDE)
+                m = beta1.to(T) * old_m + (1.0 - beta1).to(T) * g
+                v = beta2.to(T) * old_v + (1.0 - beta2).to(T) * (g * g)
+                is_good = is_finite(m) & is_finite(v)
+                # an old value of bf16 state has no bits to round away
+                m = tl.where(is_good, m, old_m)
+                v = tl.where(is_good, v, old_v)
+                if S == tl.bfloat16:
+                    m = stochastically_rounded(m, layer_start + index, seed, step, 0)
+                    v = stochastically_rounded(v, layer_start + index, seed, step, 1)
+                    m = tl.where(is_good, m, old_m)
+                    v = tl.where(is_good, v, old_v)
+                stored(state0, index, mask, m.to(S), IS_WIDE)
+                stored(state1, index, mask, v.to(S), IS_WIDE)
+            u = direction(w, g, m, v, of_m, of_g, of_v, of_g2, eps, decay, ALGORITHM, CORRECTS, T)
+            u = tl.where(is_good, u, float("nan"))
+        w64 = w.to(tl.float64)
+        u64 = (u if IS_WIDE else tl.where(mask, u, 0.0)).to(tl.float64)
+        weight_sums += w64 * w64
+        direction_sums += u64 * u64
+    return tl.sum(weight_sums, axis=0), tl.sum(direction_sums, axis=0)
+
+
+@triton.jit
 def first_kernel(
     chunks,  # [2, num_chunks] int64: span, first element in the span
     num_chunks,
@@ -122,13 +239,12 @@ def first_kernel(
     G: tl.constexpr,
     S: tl.constexpr,
     HAS_STEPS: tl.constexpr,
-    IS_ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     chunk = tl.program_id(0).to(tl.int64)
     span = tl.load(chunks + chunk)
-    start = tl.load(chunks + num_chunks + chunk)
+    start = tl.multiple_of(tl.load(chunks + num_chunks + chunk), CHUNK)
     numel = tl.load(spans + span)
     row = tl.load(spans + num_spans + span)
     layer_start = tl.load(spans + 2 * num_spans + span)
@@ -136,57 +252,25 @@ def first_kernel(
     if HAS_STEPS:
         counter = tl.load(steps + tl.load(spans + 3 * num_spans + span)).to(tl.pointer_type(tl.float32))
         step = tl.load(counter).to(tl.float64) + 1.0
-    weights = address(addresses, span, W, IS_ALIGNED)
-    grads = address(addresses, num_spans + span, G, IS_ALIGNED)
-    state0 = address(addresses, 2 * num_spans + span, S, IS_ALIGNED)
-    state1 = address(addresses, 3 * num_spans + span, S, IS_ALIGNED)
+    w = tl.load(addresses + span)
+    g = tl.load(addresses + num_spans + span)
+    state0 = tl.load(addresses + 2 * num_spans + span)
+    state1 = tl.load(addresses + 3 * num_spans + span)
     scale = tl.load(grad_scale).to(T)
     decay = tl.load(rows + row).to(T)
     seed = tl.load(rows + num_layers + row).to(tl.int64)
-    weight_sums = tl.zeros((BLOCK,), tl.float64)
-    direction_sums = tl.zeros((BLOCK,), tl.float64)
-    for offset in range(0, CHUNK, BLOCK):
-        index = start + offset + tl.arange(0, BLOCK)
-        mask = index < numel
-        w = tl.load(weights + index, mask=mask, other=0.0).to(T)
-        g = tl.load(grads + index, mask=mask, other=0.0).to(T) * scale
-        u = g
-        if ALGORITHM != LARS2017_:
-            old_m = tl.load(state0 + index, mask=mask, other=0.0).to(T)
-            if ALGORITHM == LARS2019_:
-                momentum = tl.load(options + MOMENTUM)
-                m = momentum.to(T) * old_m + (1.0 - momentum).to(T) * (g + decay * w)
-                v = m
-                is_good = is_finite(m)
-                m = tl.where(is_good, m, old_m)
-                if S == tl.bfloat16:
-                    m = stochastically_rounded(m, layer_start + index, seed, step, 0)
-                tl.store(state0 + index, m.to(S), mask=mask)
-            else:
-                beta1 = tl.load(options + BETA1)
-                beta2 = tl.load(options + BETA2)
-                old_v = tl.load(state1 + index, mask=mask, other=0.0).to(T)
-                m = beta1.to(T) * old_m + (1.0 - beta1).to(T) * g
-                v = beta2.to(T) * old_v + (1.0 - beta2).to(T) * (g * g)
-                is_good = is_finite(m) & is_finite(v)
-                # an old value of bf16 state has no bits to round away
-                m = tl.where(is_good, m, old_m)
-                v = tl.where(is_good, v, old_v)
-                if S == tl.bfloat16:
-                    m = stochastically_rounded(m, layer_start + index, seed, step, 0)
-                    v = stochastically_rounded(v, layer_start + index, seed, step, 1)
-                    m = tl.where(is_good, m, old_m)
-                    v = tl.where(is_good, v, old_v)
-                tl.store(state0 + index, m.to(S), mask=mask)
-                tl.store(state1 + index, v.to(S), mask=mask)
-            u = direction(w, g, m, v, options, step, decay, ALGORITHM, CORRECTS, T)
-            u = tl.where(is_good, u, float("nan"))
-        w64 = w.to(tl.float64)
-        u64 = tl.where(mask, u, 0.0).to(tl.float64)
-        weight_sums += w64 * w64
-        direction_sums += u64 * u64
-    tl.store(sums + chunk, tl.sum(weight_sums, axis=0))
-    tl.store(sums + num_chunks + chunk, tl.sum(direction_sums, axis=0))
+    if is_wide(start, numel, w, g, state0, state1, CHUNK):
+        weight_sum, direction_sum = first_chunk(
+            w, g, state0, state1, start, numel, layer_start, step, seed, scale, decay, options,
+            ALGORITHM, CORRECTS, T, W, G, S, True, CHUNK, BLOCK,
+        )  # fmt: skip
+    else:
+        weight_sum, direction_sum = first_chunk(
+            w, g, state0, state1, start, numel, layer_start, step, seed, scale, decay, options,
+            ALGORITHM, CORRECTS, T, W, G, S, False, CHUNK, BLOCK,
+        )  # fmt: skip
+    tl.store(sums + chunk, weight_sum)
+    tl.store(sums + num_chunks + chunk, direction_sum)
 
 
 @triton.jit
@@ -268,6 +352,82 @@ def layer_kernel(
 
 
 @triton.jit
+def second_chunk(
+    w_address,
+    g_address,
+    state0_address,
+    state1_address,
+    start,
+    numel,
+    layer_start,
+    step,
+    seed,
+    scale,
+    lr,
+    ratio,
+    decay,
+    shrinkage,
+    options,
+    ALGORITHM: tl.constexpr,
+    CORRECTS: tl.constexpr,
+    IS_NESTEROV: tl.constexpr,
+    LR_IN_MOMENTUM: tl.constexpr,
+    T: tl.constexpr,
+    W: tl.constexpr,
+    G: tl.constexpr,
+    S: tl.constexpr,
+    IS_WIDE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Writes the new weights of a chunk, and the state of a rule that does not accumulate."""
+    weights = pointer(w_address, W, IS_WIDE)
+    grads = pointer(g_address, G, IS_WIDE)
+    state0 = pointer(state0_address, S, IS_WIDE)
+    state1 = pointer(state1_address, S, IS_WIDE)
+    of_m, of_g, of_v, of_g2, eps = coefficients(options, step, ALGORITHM, CORRECTS, T)
+    momentum = tl.load(options + MOMENTUM).to(T)
+    inside = ratio
+    outside = lr.to(T)
+    if LR_IN_MOMENTUM:
+        inside = lr.to(T) * ratio
+        outside = tl.full((), 1.0, T)
+    step_size = lr
+    if CORRECTS == CORRECTION_IN_LR:
+        corrected = tl.sqrt(one_minus_power(options, BETA2, LOG_BETA2, step))
+        step_size = lr * corrected / one_minus_power(options, BETA1, LOG_BETA1, step)
+    for offset in range(0, CHUNK, BLOCK):
+        index = start + offset + tl.arange(0, BLOCK)
+        mask = index < numel
+        old_w = loaded(weights, index, mask, T, IS_WIDE)
+        w = old_w * shrinkage
+        m = loaded(state0, index, mask, T, IS_WIDE)
+        if ALGORITHM == LARS2017_:
+            g = loaded(grads, index, mask, T, IS_WIDE) * scale
+            fresh = inside * (g + decay * w)
+            velocity = momentum * m + fresh
+            update = velocity
+            if IS_NESTEROV:
+                update = fresh + momentum * velocity
+            new_w = w - outside * update
+            is_good = is_finite(new_w) & is_finite(velocity)
+            if S == tl.bfloat16:
+                velocity = stochastically_rounded(velocity, layer_start + index, seed, step, 0)
+            stored(state0, index, mask, tl.where(is_good, velocity, m).to(S), IS_WIDE)
+        else:
+            g = w
+            v = m
+            if ALGORITHM != LARS2019_:
+                v = loaded(state1, index, mask, T, IS_WIDE)
+            if (ALGORITHM == NLAMB_) | (ALGORITHM == NNLAMB_):
+                g = loaded(grads, index, mask, T, IS_WIDE) * scale
+            u = direction(w, g, m, v, of_m, of_g, of_v, of_g2, eps, decay, ALGORITHM, CORRECTS, T)
+            new_w = w - step_size.to(T) * ratio * u
+            is_good = is_finite(new_w)
+        stored(weights, index, mask, tl.where(is_good, new_w, old_w).to(W), IS_WIDE)
+
+
+@triton.jit
 def second_kernel(
     chunks,
     num_chunks,
@@ -291,7 +451,6 @@ def second_kernel(
     G: tl.constexpr,
     S: tl.constexpr,
     HAS_STEPS: tl.constexpr,
-    IS_ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -301,62 +460,46 @@ def second_kernel(
     row = tl.load(spans + num_spans + span)
     if tl.load(moved + row) == 0:
         return
-    start = tl.load(chunks + num_chunks + chunk)
+    start = tl.multiple_of(tl.load(chunks + num_chunks + chunk), CHUNK)
     numel = tl.load(spans + span)
     layer_start = tl.load(spans + 2 * num_spans + span)
     step = tl.zeros((), tl.float64)
     if HAS_STEPS:
         counter = tl.load(steps + tl.load(spans + 3 * num_spans + span)).to(tl.pointer_type(tl.float32))
         step = tl.load(counter).to(tl.float64) + 1.0
-    weights = address(addresses, span, W, IS_ALIGNED)
-    grads = address(addresses, num_spans + span, G, IS_ALIGNED)
-    state0 = address(addresses, 2 * num_spans + span, S, IS_ALIGNED)
-    state1 = address(addresses, 3 * num_spans + span, S, IS_ALIGNED)
+    w = tl.load(addresses + span)
+    g = tl.load(addresses + num_spans + span)
+    state0 = tl.load(addresses + 2 * num_spans + span)
+    state1 = tl.load(addresses + 3 * num_spans + span)
     scale = tl.load(grad_scale).to(T)
     seed = tl.load(rows + num_layers + row).to(tl.int64)
     lr = tl.load(lr_pointer)
     ratio = tl.load(decisions + row).to(T)
     decay = tl.load(decisions + num_layers + row).to(T)
     shrinkage = tl.load(decisions + 2 * num_layers + row).to(T)
+    if is_wide(start, numel, w, g, state0, state1, CHUNK):
+        second_chunk(
+            w, g, state0, state1, start, numel, layer_start, step, seed, scale, lr, ratio, decay, shrinkage, options,
+            ALGORITHM, CORRECTS, IS_NESTEROV, LR_IN_MOMENTUM, T, W, G, S, True, CHUNK, BLOCK,
+        )  # fmt: skip
+    else:
+        second_chunk(
+            w, g, state0, state1, start, numel, layer_start, step, seed, scale, lr, ratio, decay, shrinkage, options,
+            ALGORITHM, CORRECTS, IS_NESTEROV, LR_IN_MOMENTUM, T, W, G, S, False, CHUNK, BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def square_chunk(
+    address, start, numel, D: tl.constexpr, IS_WIDE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr
+):
+    values = pointer(address, D, IS_WIDE)
+    total = tl.zeros((BLOCK,), tl.float64)
     for offset in range(0, CHUNK, BLOCK):
         index = start + offset + tl.arange(0, BLOCK)
-        mask = index < numel
-        old_w = tl.load(weights + index, mask=mask, other=0.0).to(T)
-        w = old_w * shrinkage
-        m = tl.load(state0 + index, mask=mask, other=0.0).to(T)
-        if ALGORITHM == LARS2017_:
-            g = tl.load(grads + index, mask=mask, other=0.0).to(T) * scale
-            momentum = tl.load(options + MOMENTUM).to(T)
-            inside = ratio
-            outside = lr.to(T)
-            if LR_IN_MOMENTUM:
-                inside = lr.to(T) * ratio
-                outside = tl.full((), 1.0, T)
-            fresh = inside * (g + decay * w)
-            velocity = momentum * m + fresh
-            update = velocity
-            if IS_NESTEROV:
-                update = fresh + momentum * velocity
-            new_w = w - outside * update
-            is_good = is_finite(new_w) & is_finite(velocity)
-            if S == tl.bfloat16:
-                velocity = stochastically_rounded(velocity, layer_start + index, seed, step, 0)
-            tl.store(state0 + index, tl.where(is_good, velocity, m).to(S), mask=mask)
-        else:
-            step_size = lr
-            if CORRECTS == CORRECTION_IN_LR:
-                corrected = tl.sqrt(one_minus_power(options, BETA2, LOG_BETA2, step))
-                step_size = lr * corrected / one_minus_power(options, BETA1, LOG_BETA1, step)
-            g = w
-            v = m
-            if ALGORITHM != LARS2019_:
-                v = tl.load(state1 + index, mask=mask, other=0.0).to(T)
-            if (ALGORITHM == NLAMB_) | (ALGORITHM == NNLAMB_):
-                g = tl.load(grads + index, mask=mask, other=0.0).to(T) * scale
-            u = direction(w, g, m, v, options, step, decay, ALGORITHM, CORRECTS, T)
-            new_w = w - step_size.to(T) * ratio * u
-            is_good = is_finite(new_w)
-        tl.store(weights + index, tl.where(is_good, new_w, old_w).to(W), mask=mask)
+        x = loaded(values, index, index < numel, tl.float64, IS_WIDE)
+        total += x * x
+    return tl.sum(total, axis=0)
 
 
 @triton.jit
@@ -365,12 +508,11 @@ def square_kernel(
 ):
     chunk = tl.program_id(0).to(tl.int64)
     tensor = tl.load(chunks + chunk)
-    start = tl.load(chunks + num_chunks + chunk)
+    start = tl.multiple_of(tl.load(chunks + num_chunks + chunk), CHUNK)
     numel = tl.load(numels + tensor)
-    values = address(addresses, tensor, D, False)
-    total = tl.zeros((BLOCK,), tl.float64)
-    for offset in range(0, CHUNK, BLOCK):
-        index = start + offset + tl.arange(0, BLOCK)
-        x = tl.load(values + index, mask=index < numel, other=0.0).to(tl.float64)
-        total += x * x
-    tl.store(sums + chunk, tl.sum(total, axis=0))
+    address = tl.load(addresses + tensor)
+    if is_wide(start, numel, address, address, address, address, CHUNK):
+        total = square_chunk(address, start, numel, D, True, CHUNK, BLOCK)
+    else:
+        total = square_chunk(address, start, numel, D, False, CHUNK, BLOCK)
+    tl.store(sums + chunk, total)

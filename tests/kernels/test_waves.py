@@ -91,3 +91,29 @@ def test_lars_has_the_same_bits_with_every_instruction_set(options, change):
         assert all(torch.isfinite(value).all() for value in values)
         buffers = values[len(SHAPES) :]
         assert buffers[0].view(-1)[0] == 3.4e38 and buffers[1].view(-1)[0] < 3.2e38, "what overflows stays"
+
+
+@pytest.mark.parametrize("optimizer_class", [largebatch.LARS, largebatch.LAMB, largebatch.NNLAMB])
+def test_triton_moves_aligned_and_other_chunks_alike(optimizer_class):
+    """Two whole chunks and a part of one, where 16 bytes can be moved at a time and where they cannot."""
+    numel = 2 * 8192 + 100
+    results = []
+    with using("triton") as kernels:
+        for offset in (0, 1):
+            generator = torch.Generator().manual_seed(0)
+            values = [torch.randn(numel, generator=generator) for _ in range(3)]
+            there = [torch.empty(numel + 4)[offset : offset + numel].copy_(value) for value in values]
+            assert all((value.data_ptr() % 16 == 0) == (offset == 0) for value in there)
+            weight = torch.nn.Parameter(there[0])
+            optimizer = optimizer_class([weight], lr=0.05, weight_decay=0.01, kernels=kernels)
+            for grad in there[1:]:
+                weight.grad = grad
+                optimizer.step()
+            results.append((weight.detach().clone(), optimizer.layer_stats()))
+    assert torch.equal(results[0][0], results[1][0]) and results[0][1] == results[1][1]
+    plain = torch.nn.Parameter(values[0].clone())
+    optimizer = optimizer_class([plain], lr=0.05, weight_decay=0.01, kernels="reference")
+    for grad in values[1:]:
+        plain.grad = grad
+        optimizer.step()
+    assert torch.linalg.vector_norm(plain - results[0][0]) < 1e-6 * torch.linalg.vector_norm(plain)
