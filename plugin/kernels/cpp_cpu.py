@@ -37,14 +37,15 @@ class CppKernels:
         self.module = self.objects = cpu_kernels()
 
     def is_current(self, segments: Segments) -> bool:
-        plan = segments.prepared.get("cpp")
-        return segments.have_same_layout() if plan is None else plan.is_current()
+        plan = plan_of(self.module, segments)
+        segments.prepared["cpp is looked up"] = True
+        return plan.look_up(segments.grads)
 
     def square_sums(self, tensors: list[Tensor]) -> Tensor:
         return self.module.square_sums([t.detach() for t in tensors])
 
-    def count_(self, steps: list[Tensor]) -> None:
-        self.module.count(steps)
+    def count_(self, segments: Segments) -> None:
+        plan_of(self.module, segments).count()
 
     def accumulate_(self, segments: Segments, *, grad_scale: Tensor | None) -> Tensor:
         with FlatPlan(self.module, segments) as plan:
@@ -66,7 +67,7 @@ class CppKernels:
 
     def step_(self, segments: Segments, *, grad_scale: Tensor | None) -> LayerFigures:
         with FlatPlan(self.module, segments) as plan:
-            return LayerFigures(*plan.step(segments.grads, as_float(grad_scale), float(segments.lr)))
+            return LayerFigures._make(plan.step(segments.grads, as_float(grad_scale), float(segments.lr)))
 
 
 def as_float(grad_scale: Tensor | None) -> float:
@@ -81,16 +82,18 @@ class FlatPlan:
         self.copies: list[tuple[Tensor, Tensor]] = []
 
     def __enter__(self) -> Any:
-        plan = self.segments.prepared.get("cpp")
-        if plan is None:
-            plan = self.segments.prepared["cpp"] = self.made(self.segments.weights, self.segments.states)
+        plan = plan_of(self.module, self.segments)
+        if not self.segments.prepared.pop("cpp is looked up", False):
+            plan.look_up(self.segments.grads)
         if plan.is_flat():
             return plan
         weights, states = [], []
         for weight, state in zip(self.segments.weights, self.segments.states, strict=True):
             weights.append(self.copied(weight.detach(), weight.detach().contiguous()))
             states.append(tuple(self.copied(s, torch.empty_like(weights[-1], dtype=s.dtype).copy_(s)) for s in state))
-        return self.made(weights, states)
+        plan = made(self.module, self.segments, weights, states)
+        plan.look_up(self.segments.grads)
+        return plan
 
     def __exit__(self, *_: Any) -> None:
         for tensor, copy in self.copies:
@@ -101,17 +104,25 @@ class FlatPlan:
             self.copies.append((tensor, copy))
         return copy
 
-    def made(self, weights: list[Tensor], states: list[tuple[Tensor, ...]]) -> Any:
-        s = self.segments
-        return self.module.Plan(
-            weights,  # not detached: they shall follow an exchange of .data
-            [list(state) for state in states],
-            s.steps,
-            [tuple(span) for span in s.spans],
-            s.weight_decays,
-            s.decoupled_weight_decays,
-            s.are_adapted,
-            s.seeds,
-            rule_options(s.rule),
-            s.may_overwrite_grads,
-        )
+
+def plan_of(module: Any, segments: Segments) -> Any:
+    """The compiled plan of these segments, made at the first call."""
+    plan = segments.prepared.get("cpp")
+    if plan is None:
+        plan = segments.prepared["cpp"] = made(module, segments, segments.weights, segments.states)
+    return plan
+
+
+def made(module: Any, segments: Segments, weights: list[Tensor], states: list[tuple[Tensor, ...]]) -> Any:
+    return module.Plan(
+        weights,  # not detached: they shall follow an exchange of .data
+        [list(state) for state in states],
+        segments.steps,
+        [tuple(span) for span in segments.spans],
+        segments.weight_decays,
+        segments.decoupled_weight_decays,
+        segments.are_adapted,
+        segments.seeds,
+        rule_options(segments.rule),
+        segments.may_overwrite_grads,
+    )

@@ -7,7 +7,7 @@ new state would not be finite keeps the old one, and a layer that holds such an 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -55,7 +55,7 @@ class Segments:
     lr: float | Tensor = 0.0
     """Learning rate of this step: Python float, or 0-dim tensor where it lives on the device."""
     weights: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
+    grads: Sequence[Tensor] = field(default_factory=list)
     states: list[tuple[Tensor, ...]] = field(default_factory=list)
     steps: list[Tensor] = field(default_factory=list)
     """0-dim fp32 each, number of steps taken; empty if neither the rule nor the rounding counts steps."""
@@ -95,8 +95,7 @@ class Segments:
             yield span, tensors[0], tensors[1], tensors[2:]
 
 
-@dataclass(frozen=True)
-class LayerFigures:
+class LayerFigures(NamedTuple):
     """What a step found of its layers and did with them, on the segments' device.
 
     Attributes:
@@ -139,7 +138,10 @@ class Kernels(Protocol):
     """A compiled :class:`largebatch.optim.plan.Objects`, where the backend has one; else None."""
 
     def is_current(self, segments: Segments) -> bool:
-        """Whether the weights still have the device, dtype and shape that they had at the first call."""
+        """Whether the weights still have the device, dtype and shape that they had at the first call.
+
+        Called once before a step, when its gradients are there: a backend may look up where everything lies.
+        """
         ...
 
     def square_sums(self, tensors: list[Tensor]) -> Tensor:
@@ -186,8 +188,8 @@ class Kernels(Protocol):
         """
         ...
 
-    def count_(self, steps: list[Tensor]) -> None:
-        """Adds 1 to each of these 0-dim fp32 counters, in place."""
+    def count_(self, segments: Segments) -> None:
+        """Adds 1 to each of the segments' step counts, in place; after the step that they count."""
         ...
 
 

@@ -83,8 +83,9 @@ class ReferenceKernels:
                 for i, (old, new) in enumerate(zip(states, new_states, strict=True)):
                     store_(old, new, is_written, segments, span, i)
 
-    def count_(self, steps: list[Tensor]) -> None:
-        torch._foreach_add_(steps, 1.0)
+    def count_(self, segments: Segments) -> None:
+        if segments.steps:
+            torch._foreach_add_(segments.steps, 1.0)
 
 
 def scaled(grad: Tensor, dtype: torch.dtype, grad_scale: Tensor | None) -> Tensor:

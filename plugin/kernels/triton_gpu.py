@@ -104,8 +104,9 @@ class TritonKernels:
     def is_current(self, segments: Segments) -> bool:
         return segments.have_same_layout()
 
-    def count_(self, steps: list[Tensor]) -> None:
-        torch._foreach_add_(steps, 1.0)
+    def count_(self, segments: Segments) -> None:
+        if segments.steps:
+            torch._foreach_add_(segments.steps, 1.0)
 
     def square_sums(self, tensors: list[Tensor]) -> Tensor:
         sums = torch.zeros(len(tensors), dtype=torch.float64, device=tensors[0].device)

@@ -158,15 +158,22 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        calls = self._calls()
-        if not calls:
-            return loss
+        try:
+            calls = self._calls()
+            if calls:
+                self._step(calls)
+        finally:
+            for plan in self._plans.values():
+                plan.let_gradients_go()
+        return loss
+
+    def _step(self, calls: list[Call]) -> None:
         found_inf = getattr(self, "found_inf", None)  # both set by torch.amp.GradScaler for the time of this call
         are_local = all(call.is_local for call in calls)
         # other ranks may have found none: where layers are cut, a NaN in the sums tells them
         if found_inf is not None and found_inf.device.type == "cpu" and found_inf and are_local:
             self._count_skipped_step(found_inf)
-            return loss
+            return
         grad_scale = self._grad_scale(calls, found_inf, are_local)
         if are_local and all(call.kernels.is_fused for call in calls):
             figures = [call.step_(grad_scale) for call in calls]
@@ -178,9 +185,6 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
             stats = call.stats_of(call_figures, self._stats.pop(call.names, None))
             self._stats[call.names] = stats
         self._count_step(calls, figures)
-        for call in calls:
-            call.segments.grads = []  # theirs who made them; held here, they would outlive zero_grad()
-        return loss
 
     def _calls(self) -> list[Call]:
         """The calls of this step; those of the last one if only gradients and learning rates are new."""
@@ -262,6 +266,10 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
 
     def _count_step(self, calls: list[Call], figures: list[LayerFigures]) -> None:
         """Counts a step in the state unless no layer moved, and what was left alone in the statistics."""
+        if all(f.have_all_moved and call.policies for call, f in zip(calls, figures, strict=True)):
+            for call in calls:
+                call.kernels.count_(call.segments)
+            return
         home = calls[0].segments.device
         if home.type == "cpu" and all(call.segments.device == home for call in calls):
             self._count_step_on_cpu(calls, figures)
@@ -298,8 +306,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
             self._count_skipped_step(torch.tensor(True))
             return
         for call in calls:
-            if call.segments.steps:
-                call.kernels.count_(call.segments.steps)
+            call.kernels.count_(call.segments)
 
     def _count_skipped_step(self, is_skipped: Tensor) -> None:
         self._num_skipped = on_first_use(self._num_skipped, is_skipped.device)

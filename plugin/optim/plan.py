@@ -6,7 +6,7 @@ microseconds. Whatever a user or an engine may exchange between two steps is com
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
 from operator import attrgetter, is_
@@ -33,7 +33,7 @@ class Objects(Protocol):
 
     def same_values_of_all(self, mappings: list[dict[str, Any]], values: list[Any]) -> bool: ...
 
-    def gradients(self, parameters: list[Tensor], lacks_grad: list[bool]) -> list[Tensor | None] | None:
+    def gradients(self, parameters: list[Tensor], lacks_grad: list[bool]) -> Sequence[Tensor | None] | None:
         """None if another set of parameters lacks one than is expected."""
         ...
 
@@ -91,6 +91,11 @@ class GroupPlan:
             return False
         if [group[name] for name in self.option_names] != self.option_values:
             return False
+        # the order of a dict is that of insertion, so equal values are those of the same tensors
+        if not objects.same_values(optimizer_state, self.all_states):
+            return False
+        if not objects.same_values_of_all(self.states, self.state_tensors):
+            return False
         if self.local_places is None:
             grads = objects.gradients(self.params, self.lacks_grad)
         else:
@@ -100,21 +105,22 @@ class GroupPlan:
             grads = grads if [grad is None for grad in grads] == self.lacks_grad else None
         if grads is None:
             return False
-        if not all(call.kernels.is_current(call.segments) for call in self.calls):
-            return False
-        # the order of a dict is that of insertion, so equal values are those of the same tensors
-        if not objects.same_values(optimizer_state, self.all_states):
-            return False
-        if not objects.same_values_of_all(self.states, self.state_tensors):
-            return False
         lr = group["lr"]
         LEARNING_RATE("lr", lr)
         for call in self.calls:
             call.segments.lr = lr
-            # most often one call has all the tensors
-            takes_all = len(call.positions) == len(grads)
+            # most often one call has all the tensors; a list of a backend's own is for that backend only
+            can_read = objects is PLAIN_OBJECTS or objects is call.kernels.objects
+            takes_all = can_read and len(call.positions) == len(grads)
             call.segments.grads = grads if takes_all else [grads[i] for i in call.positions]
+            if not call.kernels.is_current(call.segments):
+                return False
         return True
+
+    def let_gradients_go(self) -> None:
+        """They are theirs who made them; held here, they would outlive zero_grad()."""
+        for call in self.calls:
+            call.segments.grads = []
 
 
 def plan_group(

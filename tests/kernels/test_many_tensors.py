@@ -1,6 +1,8 @@
 """Optimizers of thousands of tensors: what is looked up for each of them is looked up by several threads, and compiled."""
 
 import itertools
+import sys
+import weakref
 
 import pytest
 import torch
@@ -142,6 +144,9 @@ def test_a_wrong_tensor_is_an_error_in_whichever_thread(position, three_threads)
         before = [p.detach().clone() for p in parameters]
         with pytest.raises(RuntimeError, match="fp64 weights go with fp64 gradients and state"):
             optimizer.step()
+        optimizer.state[parameters[position]]["exp_avg"].data = torch.zeros(parameters[position].shape).bfloat16()
+        with pytest.raises(RuntimeError, match="state of BFloat16 and of Float for the same weight"):
+            optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(parameters, before, strict=True))
 
 
@@ -218,24 +223,33 @@ def test_a_tensor_with_a_grad_of_its_own(objects):
     tensor.kept = torch.ones(3)
     (grad,) = objects.gradients([tensor], [False])
     assert grad is tensor.kept
-    assert objects.gradients([torch.zeros(2)], [True]) == [None]
+    assert list(objects.gradients([torch.zeros(2)], [True])) == [None]
 
 
 def test_nothing_is_kept_alive(objects):
-    """A reference too few or too many shows in the count."""
-    import sys
-
+    """A reference too few or too many shows in the count, or in what is gone when its owner lets it go."""
     parameters = many()
     give_gradients(parameters, seed=1)
     lacks = [False] * NUM_TENSORS
-    grad = parameters[5].grad
-    before = sys.getrefcount(grad)
     grads = objects.gradients(parameters, lacks)
-    assert sys.getrefcount(grad) == before + 1
+    assert len(grads) == NUM_TENSORS
+    values, gone = parameters[5].grad.clone(), weakref.ref(parameters[5].grad)
+    parameters[5].grad = None
+    assert torch.equal(grads[5], values)
+    assert objects.gradients(parameters, lacks) is None
+    with pytest.raises(IndexError):
+        grads[NUM_TENSORS]
     del grads
-    parameters[2000].grad = None
-    assert objects.gradients(parameters, lacks) is None and sys.getrefcount(grad) == before
-    assert objects.same_items(parameters, list(parameters)) and sys.getrefcount(grad) == before
+    assert gone() is None
+
+    lacks[5], parameter = True, parameters[7]
+    before, gone = sys.getrefcount(parameter), weakref.ref(parameters[7].grad)
+    found = objects.gradients(parameters, lacks), objects.same_items(parameters, list(parameters))
+    assert found[0] is not None and found[1]
+    del found
+    assert sys.getrefcount(parameter) == before
+    parameter.grad = None
+    assert gone() is None
 
 
 @pytest.mark.parametrize("value", [None, 3.0, "x"])

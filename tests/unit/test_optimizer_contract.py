@@ -1,6 +1,7 @@
 """What torch.optim promises of an optimizer, and what ours promise beyond it."""
 
 import copy
+import gc
 import logging
 import pickle
 import weakref
@@ -111,6 +112,30 @@ def test_grad_scaler_skips_an_overflow_and_unscales_the_rest(optimizer_class, lr
             weights[0].grad = torch.tensor([0.5, 1.5]) * factor
             plain.step()
     assert torch.equal(weights[0], weights[1])
+
+
+@each_algorithm
+def test_no_step_holds_gradients(optimizer_class, lr):
+    """Neither one that is taken, nor one that a scaler drops, nor one that fails."""
+    weights = [torch.nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2)]
+    optimizer = optimizer_class(weights, lr=lr)
+    for end in ("taken", "dropped", "failed"):
+        for weight in weights:
+            weight.grad = torch.tensor([0.5, 1.5])
+        gone = weakref.ref(weights[0].grad)
+        if end == "dropped":
+            optimizer.found_inf = torch.tensor(1.0)
+        if end == "failed":
+            state = next(value for value in optimizer.state[weights[1]].values() if value.dim())
+            state.data = torch.zeros(2, dtype=torch.int32)
+            with pytest.raises((TypeError, RuntimeError)):
+                optimizer.step()
+        else:
+            optimizer.step()
+        optimizer.found_inf = None
+        optimizer.zero_grad()
+        gc.collect()  # an exception holds the frames that it came through
+        assert gone() is None, end
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5])

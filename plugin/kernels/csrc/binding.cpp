@@ -43,16 +43,6 @@ at::Tensor square_sums(const std::vector<at::Tensor>& tensors) {
   return sums;
 }
 
-void count(const py::list& steps) {
-  const std::vector<const at::Tensor*> tensors = tensors_in(steps);
-  in_parallel_ranges(tensors.size(), [&](size_t begin, size_t end) {
-    for (size_t i = begin; i < end; ++i) {
-      if (i + headers_ahead < end) __builtin_prefetch(tensors[i + headers_ahead]->data_ptr(), 1);
-      *tensors[i]->data_ptr<float>() += 1.0f;
-    }
-  });
-}
-
 }  // namespace largebatch
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
@@ -61,13 +51,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
       .def(py::init<std::vector<at::Tensor>, std::vector<std::vector<at::Tensor>>, std::vector<at::Tensor>,
                     const std::vector<std::array<int64_t, 5>>&, std::vector<double>, std::vector<double>,
                     std::vector<bool>, std::vector<uint32_t>, const py::dict&, bool>())
-      .def("is_current", &Plan::is_current)
+      .def("look_up", &Plan::look_up)
+      .def("count", &Plan::count)
       .def("is_flat", &Plan::is_flat)
       .def("accumulate", &Plan::accumulate)
       .def("advance", &Plan::advance)
       .def("step", &Plan::step);
   module.def("square_sums", &square_sums);
-  module.def("count", &count);
   bind_objects(module);
   module.def("instruction_sets", &instruction_sets);
   module.def("use_instruction_set", &use_instruction_set);

@@ -7,31 +7,29 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstddef>
-#include <vector>
+
+// Left to itself the compiler drops the call of a function that does nothing but ask for memory.
+#define LARGEBATCH_INLINE __attribute__((always_inline)) inline
 
 namespace largebatch {
 
 // How many tensors ahead a header is asked for: longer than memory takes to answer, few enough to be under way at once.
 constexpr size_t headers_ahead = 12;
 
-inline void prefetch_bytes(const void* address, size_t numel) {
-  for (size_t offset = 0; offset < numel; offset += 64) __builtin_prefetch(static_cast<const char*>(address) + offset);
+LARGEBATCH_INLINE void prefetch_bytes(const void* address, size_t numel) {
+  const char* const first = static_cast<const char*>(address);
+  for (size_t offset = 0; offset + 1 < numel; offset += 64) __builtin_prefetch(first + offset);
+  __builtin_prefetch(first + numel - 1);  // on a line of its own if the address is not a line's
 }
 
-inline void prefetch_header(const at::Tensor& tensor) {
+LARGEBATCH_INLINE void prefetch_header(const at::Tensor& tensor) {
   if (tensor.defined()) prefetch_bytes(tensor.unsafeGetTensorImpl(), sizeof(c10::TensorImpl));
 }
 
 // Of a tensor whose own header is there already: that of its memory.
-inline void prefetch_storage(const at::Tensor& tensor) {
+LARGEBATCH_INLINE void prefetch_storage(const at::Tensor& tensor) {
   if (tensor.defined() && tensor.has_storage())
     __builtin_prefetch(tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl());
-}
-
-// Asks for the headers of tensors[i + 2 * headers_ahead] and of the memory of tensors[i + headers_ahead].
-inline void prefetch_ahead(const std::vector<at::Tensor>& tensors, size_t i) {
-  if (i + 2 * headers_ahead < tensors.size()) prefetch_header(tensors[i + 2 * headers_ahead]);
-  if (i + headers_ahead < tensors.size()) prefetch_storage(tensors[i + headers_ahead]);
 }
 
 }  // namespace largebatch

@@ -4,10 +4,14 @@
 
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <atomic>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "headers.h"
+#include "tensors.h"
+#include "threads.h"
 
 namespace py = pybind11;
 
@@ -53,30 +57,47 @@ bool same_values_of_all(const py::list& dicts, const py::list& values) {
 py::object gradients(const py::list& parameters, const std::vector<bool>& lacks_grad) {
   const size_t num_parameters = parameters.size();
   PyObject** const parameter = items_of(parameters);
-  auto tensor_at = [&](size_t i) { return i < num_parameters ? plain_tensor(parameter[i]) : nullptr; };
-  py::list grads(num_parameters);
-  for (size_t i = 0; i < num_parameters; ++i) {
-    // each of these is found through the one before: object, tensor, what autograd knows of it, gradient
-    if (i + 4 * headers_ahead < num_parameters) prefetch_bytes(parameter[i + 4 * headers_ahead], 64);
-    if (const at::Tensor* tensor = tensor_at(i + 3 * headers_ahead)) prefetch_header(*tensor);
-    if (const at::Tensor* tensor = tensor_at(i + 2 * headers_ahead))
-      prefetch_bytes(tensor->unsafeGetTensorImpl()->autograd_meta(), 64);
-    if (const at::Tensor* tensor = tensor_at(i + headers_ahead))
-      prefetch_header(tensor->unsafeGetTensorImpl()->grad());
-
-    const at::Tensor* tensor = tensor_at(i);
-    py::object grad = tensor ? py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor->unsafeGetTensorImpl()->grad()))
-                             : py::reinterpret_borrow<py::object>(parameter[i]).attr("grad");
-    if (!grad) throw py::error_already_set();
-    if (grad.is_none() != lacks_grad[i]) return py::none();
-    PyList_SET_ITEM(grads.ptr(), static_cast<Py_ssize_t>(i), grad.release().ptr());
-  }
-  return grads;
+  TensorList grads(num_parameters);
+  std::atomic<bool> are_as_expected{true}, are_plain{true};
+  auto take = [&](size_t i, const at::Tensor& grad) {
+    grads.tensors[i] = grad;
+    if (grad.defined() == lacks_grad[i]) are_as_expected = false;
+  };
+  in_parallel_ranges(num_parameters, [&](size_t begin, size_t end) {
+    auto tensor_at = [&](size_t i) { return i < end ? plain_tensor(parameter[i]) : nullptr; };
+    for (size_t i = begin; i < end; ++i) {
+      // each of these is found through the one before: object, tensor, what autograd knows of it, gradient
+      if (i + 4 * headers_ahead < end) prefetch_bytes(parameter[i + 4 * headers_ahead], 64);
+      if (const at::Tensor* tensor = tensor_at(i + 3 * headers_ahead)) prefetch_header(*tensor);
+      if (const at::Tensor* tensor = tensor_at(i + 2 * headers_ahead))
+        prefetch_bytes(tensor->unsafeGetTensorImpl()->autograd_meta(), 64);
+      if (const at::Tensor* tensor = tensor_at(i + headers_ahead))
+        prefetch_header(tensor->unsafeGetTensorImpl()->grad());
+      if (const at::Tensor* tensor = tensor_at(i)) {
+        take(i, tensor->unsafeGetTensorImpl()->grad());
+      } else {
+        are_plain = false;
+      }
+    }
+  });
+  // what another type makes of its attribute is for Python to say, which other threads may not ask
+  for (size_t i = 0; i < num_parameters && !are_plain; ++i)
+    if (!plain_tensor(parameter[i])) {
+      const py::object grad = py::reinterpret_borrow<py::object>(parameter[i]).attr("grad");
+      take(i, grad.is_none() ? at::Tensor() : grad.cast<at::Tensor>());
+    }
+  return are_as_expected ? py::cast(std::move(grads)) : py::none();
 }
 
 }  // namespace
 
 void bind_objects(py::module& module) {
+  py::class_<TensorList>(module, "TensorList")
+      .def("__len__", [](const TensorList& list) { return list.tensors.size(); })
+      .def("__getitem__", [](const TensorList& list, size_t i) {
+        if (i >= list.tensors.size()) throw py::index_error();
+        return list.tensors[i].defined() ? py::cast(list.tensors[i]) : py::none();
+      });
   module.def("same_items", &same_items);
   module.def("same_values", &same_values);
   module.def("same_values_of_all", &same_values_of_all);

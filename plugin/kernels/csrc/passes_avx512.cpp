@@ -20,15 +20,15 @@ namespace {
 #include "fp32_avx512.inc"
 
 void first_in_vectors(Algorithm algorithm, bool is_fp64, const Layer& layer, int64_t begin, int64_t end, double* sums,
-                      void* kept) {
-  if (!fp32::can_take(algorithm, layer)) return first_dispatch(algorithm, is_fp64, layer, begin, end, sums, kept);
-  fp32::first(algorithm, layer, begin, end, sums, static_cast<float*>(kept));
+                      void* kept, const Upcoming* upcoming) {
+  if (!fp32::can_take(algorithm, layer)) return first_dispatch(algorithm, is_fp64, layer, begin, end, sums, kept, upcoming);
+  fp32::first(algorithm, layer, begin, end, sums, static_cast<float*>(kept), upcoming);
 }
 
 void second_in_vectors(Algorithm algorithm, bool is_fp64, const Layer& layer, int64_t begin, int64_t end,
-                       const void* kept) {
-  if (!fp32::can_take(algorithm, layer)) return second_dispatch(algorithm, is_fp64, layer, begin, end, kept);
-  fp32::second(algorithm, layer, begin, end, static_cast<const float*>(kept));
+                       const void* kept, const Upcoming* upcoming) {
+  if (!fp32::can_take(algorithm, layer)) return second_dispatch(algorithm, is_fp64, layer, begin, end, kept, upcoming);
+  fp32::second(algorithm, layer, begin, end, static_cast<const float*>(kept), upcoming);
 }
 }  // namespace
 }  // namespace largebatch

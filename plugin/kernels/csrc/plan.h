@@ -13,11 +13,10 @@
 #include <vector>
 
 #include "chunk_queues.h"
-#include "headers.h"
 #include "instruction_sets.h"
+#include "lookup.h"
 #include "passes.h"
 #include "rule.h"
-#include "tensors.h"
 #include "threads.h"
 
 namespace largebatch {
@@ -35,21 +34,15 @@ struct Treatment {
 
 class Plan {
  public:
-  Plan(std::vector<at::Tensor> weights, std::vector<std::vector<at::Tensor>> states, std::vector<at::Tensor> steps,
+  Plan(std::vector<at::Tensor> weights, const std::vector<std::vector<at::Tensor>>& states, std::vector<at::Tensor> steps,
        const std::vector<std::array<int64_t, 5>>& spans, const std::vector<double>& weight_decays,
        const std::vector<double>& decoupled_weight_decays, const std::vector<bool>& are_adapted,
        const std::vector<uint32_t>& seeds, const py::dict& rule, bool may_overwrite_grads)
-      : weights_(std::move(weights)),
-        states_(std::move(states)),
-        steps_(std::move(steps)),
+      : lookup_(std::move(weights), states, std::move(steps)),
         may_overwrite_grads_(may_overwrite_grads),
         rule_(rule_of(rule)) {
     for (size_t row = 0; row < weight_decays.size(); ++row)
       treatments_.push_back({weight_decays[row], decoupled_weight_decays[row], seeds[row], are_adapted[row]});
-    for (const auto& weight : weights_) {
-      dtypes_.push_back(weight.scalar_type());
-      sizes_.push_back(weight.sizes().vec());
-    }
     for (const auto& [tensor, start, numel, row, layer_start] : spans) {
       Layer layer{};
       layer.numel = numel;
@@ -72,52 +65,28 @@ class Plan {
     sums_.resize(2 * chunks_.size());
   }
 
-  // Whether nothing has been exchanged behind the tensors that the plan was made for.
-  bool is_current() const {
-    std::atomic<bool> is{true};
-    in_parallel_ranges(weights_.size(), [&](size_t begin, size_t end) {
-      for (size_t i = begin; i < end; ++i) {
-        prefetch_ahead(weights_, i);
-        const at::Tensor& weight = weights_[i];
-        if (!weight.is_cpu() || weight.scalar_type() != dtypes_[i] || weight.sizes() != sizes_[i]) is = false;
-      }
-    });
-    return is;
-  }
+  // See Lookup.
+  bool look_up(const py::object& grads) { return lookup_.renew(grads); }
+  bool is_flat() const { return lookup_.is_flat(); }
+  void count() { lookup_.count(); }
 
-  // Whether weights and states still lie densely in memory and alike, so that they can be taken as flat arrays.
-  bool is_flat() const {
-    std::atomic<bool> is{true};
-    in_parallel_ranges(weights_.size(), [&](size_t begin, size_t end) {
-      for (size_t i = begin; i < end; ++i) {
-        if (i + headers_ahead < end)
-          for (const auto& state : states_[i + headers_ahead]) prefetch_header(state);
-        if (!weights_[i].is_non_overlapping_and_dense()) is = false;
-        for (const auto& state : states_[i])
-          if (!are_laid_out_alike(state, weights_[i])) is = false;
-      }
-    });
-    return is;
-  }
-
-  at::Tensor accumulate(const py::list& grads, double grad_scale) {
-    const Gradients gradients(grads, weights_);
-    take(gradients, grad_scale);
+  at::Tensor accumulate(const py::object& grads, double grad_scale) {
+    const std::vector<at::Tensor> copies = take(grads, grad_scale);
     const auto num_layers = static_cast<int64_t>(treatments_.size());
     at::Tensor sums = at::zeros({num_layers, 2}, at::kDouble);
     {
       py::gil_scoped_release release;
-      for_each_chunk(static_cast<int>(chunks_.size()), num_threads_for(total_numel_), [&](int c) { first(c, in_grad(c)); });
+      for_each_chunk(static_cast<int>(chunks_.size()), num_threads_for(total_numel_),
+                     [&](int c) { first(c, in_grad(c), std::nullopt); });
       double* out = sums.data_ptr<double>();
       for (size_t l = 0; l < layers_.size(); ++l) layer_sums(static_cast<int>(l), out + 2 * rows_[l]);
     }
     return sums;
   }
 
-  void advance(const py::list& grads, double grad_scale, double lr, const at::Tensor& ratios,
+  void advance(const py::object& grads, double grad_scale, double lr, const at::Tensor& ratios,
                const at::Tensor& weight_decays, const std::optional<at::Tensor>& shrinkage, const at::Tensor& is_finite) {
-    const Gradients gradients(grads, weights_);
-    take(gradients, grad_scale);
+    const std::vector<at::Tensor> copies = take(grads, grad_scale);
     const at::Tensor ratios64 = ratios.to(at::kDouble).contiguous();
     const double* ratio = ratios64.data_ptr<double>();
     const double* decay = weight_decays.data_ptr<double>();
@@ -131,15 +100,14 @@ class Plan {
     const auto num_chunks = static_cast<int>(chunks_.size());
     for_each_chunk(num_chunks, num_threads_for(total_numel_), [&](int i) {
       const int c = num_chunks - 1 - i;  // the last are still in the cache
-      if (good[rows_[chunks_[c].layer]]) second(c, layers_[chunks_[c].layer], in_grad(c));
+      if (good[rows_[chunks_[c].layer]]) second(c, layers_[chunks_[c].layer], in_grad(c), std::nullopt);
     });
   }
 
   // A whole step. Returns [5, num_layers] fp64: weight norm, direction norm, trust ratio, local learning rate, weight
   // decay in force; [num_layers] bool, whether the layer moved; and whether all have.
-  std::tuple<at::Tensor, at::Tensor, bool> step(const py::list& grads, double grad_scale, double lr) {
-    const Gradients gradients(grads, weights_);
-    take(gradients, grad_scale);
+  std::tuple<at::Tensor, at::Tensor, bool> step(const py::object& grads, double grad_scale, double lr) {
+    const std::vector<at::Tensor> copies = take(grads, grad_scale);
     const auto num_layers = static_cast<int64_t>(treatments_.size());
     at::Tensor figures = at::zeros({num_layers, 5}, at::kDouble);
     at::Tensor moved = at::ones({num_layers}, at::kBool);
@@ -151,7 +119,7 @@ class Plan {
     for (int64_t row : empty_rows_) decide(empty, row, nothing, lr, out);
     const int num_threads = num_threads_for(total_numel_);
     plan_waves(num_threads);
-    const int num_waves = static_cast<int>(waves_.size()) - 1;
+    const int num_waves = static_cast<int>(waves_.size()) - 1, num_chunks = static_cast<int>(chunks_.size());
     ChunkQueues queues(num_threads);
     in_parallel(num_threads, [&](int thread, int team) {
       std::vector<int>& done = done_[thread];
@@ -173,11 +141,14 @@ class Plan {
         done.clear();
         for (Chunks taken; !(taken = queues.take(wave % ChunkQueues::num_sets, thread, team)).empty();)
           for (int c = taken.begin; c < taken.end; ++c) {
-            first(c, kept(c));
+            std::optional<Upcoming> upcoming;
+            if (is_short(c)) upcoming = after_first(c, end);
+            first(c, kept(c), upcoming);
             done.push_back(c);
           }
         fill(wave + 1);
         barrier(team);
+        const int next_begin = std::min(wave + 1 < num_waves ? cut(wave + 1, thread, team) : begin, num_chunks - 1);
         int current = -1;
         bool is_good = false;
         Layer layer{};
@@ -193,7 +164,10 @@ class Plan {
             if (is_reporter) good[rows_[l]] = is_good;
             current = l;
           }
-          if (is_good) second(*c, layer, kept(*c));
+          if (!is_good) continue;
+          std::optional<Upcoming> upcoming;
+          if (is_short(*c)) upcoming = c + 1 != done.rend() ? end_of(c[1]) : at(next_begin, second_ahead);
+          second(*c, layer, kept(*c), upcoming);
         }
       }
     });
@@ -201,58 +175,44 @@ class Plan {
   }
 
  private:
-  // Addresses and scalars of this step.
-  void take(const Gradients& grads, double grad_scale) {
-    step_at_.resize(steps_.size());
-    in_parallel_ranges(steps_.size(), [&](size_t begin, size_t end) {
-      for (size_t i = begin; i < end; ++i) {
-        prefetch_ahead(steps_, i);
-        step_at_[i] = steps_[i].data_ptr<float>();
-        __builtin_prefetch(step_at_[i]);
-      }
-    });
+  // Addresses, as looked up, and scalars of this step; and what they need to live as long as the call.
+  std::vector<at::Tensor> take(const py::object& grads, double grad_scale) {
+    std::vector<at::Tensor> copies = lookup_.lay_out(grads);
+    const std::vector<Place>& places = lookup_.places();
+    const bool counts_steps = lookup_.counts_steps();
     std::atomic<bool> can_keep{rule_.algorithm >= Algorithm::lamb}, keeps_in_grads{may_overwrite_grads_};
-    is_fp64_ = !weights_.empty() && weights_[0].scalar_type() == at::kDouble;  // a call has weights of one type
+    is_fp64_ = !places.empty() && places[0].weight_dtype == Dtype::fp64;  // a call has weights of one type
     in_parallel_ranges(layers_.size(), [&](size_t begin, size_t end) {
       double last_step = -1;
       Scalars common{};
       for (size_t l = begin; l < end; ++l) {
-        if (l + headers_ahead < end) prefetch_storages(tensors_[l + headers_ahead]);
         Layer& layer = layers_[l];
-        const int64_t t = tensors_[l];
-        const double step = steps_.empty() ? 0.0 : static_cast<double>(*step_at_[t]) + 1.0;
+        const Place& place = places[tensors_[l]];
+        if (counts_steps && l + headers_ahead < end) __builtin_prefetch(places[tensors_[l + headers_ahead]].step);
+        const double step = counts_steps ? static_cast<double>(*place.step) + 1.0 : 0.0;
         if (step != last_step) common = scalars_of(rule_, last_step = step, grad_scale);
         layer.scalars = common;
         layer.scalars.weight_decay = treatments_[rows_[l]].weight_decay;
         layer.rounding_key = rounding_key(treatments_[rows_[l]].seed, step);
-        place(layer, weights_[t], grads[t], states_[t], starts_[l]);
+        set(layer, place, starts_[l]);
         if (layer.state_dtype == Dtype::bf16) can_keep = false;
         // not through a copy of the gradient, which would not be there in the second pass of a step in two calls
-        if (layer.grad_dtype != (is_fp64_ ? Dtype::fp64 : Dtype::fp32) || grads.is_copy(t)) keeps_in_grads = false;
+        if (layer.grad_dtype != (is_fp64_ ? Dtype::fp64 : Dtype::fp32) || !place.is_grad_alike) keeps_in_grads = false;
       }
     });
     can_keep_ = can_keep;
     keeps_in_grads_ = keeps_in_grads && can_keep_;
     if (can_keep_ && !keeps_in_grads_ && scratch_.empty()) scratch_.resize(total_numel_ * bytes_of_element() / 100);
+    return copies;
   }
 
-  void place(Layer& layer, const at::Tensor& weight, const at::Tensor& grad, const std::vector<at::Tensor>& states,
-             int64_t start) const {
-    layer.weight = at_element(weight, start);
-    layer.grad = at_element(grad, start);
-    for (size_t s = 0; s < states.size(); ++s) layer.state[s] = at_element(states[s], start);
-    layer.weight_dtype = dtype_of(weight);
-    layer.grad_dtype = dtype_of(grad);
-    layer.state_dtype = dtype_of(states[0]);
-    TORCH_CHECK((layer.weight_dtype == Dtype::fp64) == is_fp64_ && (layer.grad_dtype == Dtype::fp64) == is_fp64_ &&
-                    (layer.state_dtype == Dtype::fp64) == is_fp64_,
-                "fp64 weights go with fp64 gradients and state, all others with fp32, bf16 or fp16 ones");
-  }
-
-  // Of a tensor and its state, whose own headers is_flat has looked at.
-  void prefetch_storages(int64_t t) const {
-    prefetch_storage(weights_[t]);
-    for (const auto& state : states_[t]) prefetch_storage(state);
+  void set(Layer& layer, const Place& place, int64_t start) const {
+    layer.weight = place.weight + start * size_of(place.weight_dtype);
+    layer.grad = place.grad + start * size_of(place.grad_dtype);
+    for (int s = 0; s < 2; ++s) layer.state[s] = place.state[s] + start * size_of(place.state_dtype);
+    layer.weight_dtype = place.weight_dtype;
+    layer.grad_dtype = place.grad_dtype;
+    layer.state_dtype = place.state_dtype;
   }
 
   int64_t bytes_of_element() const { return is_fp64_ ? 8 : 4; }
@@ -289,7 +249,31 @@ class Plan {
     return {begin, std::min(begin + chunk_numel, layer.numel)};
   }
 
-  void first(int c, void* kept) {
+  // What comes after a chunk's first pass: that of the next one, or at the end of the thread's range the second pass, which
+  // begins with the end of the same chunk.
+  Upcoming after_first(int c, int end_of_range) const {
+    if (c + 1 < end_of_range) return at(c + 1, 0);
+    const auto [begin, end] = elements(c, layers_[chunks_[c].layer]);
+    return at(c, std::max(int64_t{0}, end - begin - first_ahead));
+  }
+
+  Upcoming end_of(int c) const {
+    const auto [begin, end] = elements(c, layers_[chunks_[c].layer]);
+    return at(c, end - begin);
+  }
+
+  Upcoming at(int c, int64_t offset) const {
+    const Layer& layer = layers_[chunks_[c].layer];
+    auto address = [element = chunks_[c].index * chunk_numel + offset](const void* array) {
+      return static_cast<const float*>(array) + element;
+    };
+    return {address(layer.weight), address(layer.grad), {address(layer.state[0]), address(layer.state[1])}};
+  }
+
+  // Whether a chunk is all of a layer, and so small that what comes after it has to be asked for.
+  bool is_short(int c) const { return layers_[chunks_[c].layer].numel < chunk_numel; }
+
+  void first(int c, void* kept, const std::optional<Upcoming>& upcoming) {
     // a step that streams through memory leaves nothing of all this in the caches
     __builtin_prefetch(chunks_.data() + c + 32);
     __builtin_prefetch(sums_.data() + 2 * (c + 16), 1);
@@ -299,12 +283,13 @@ class Plan {
       __builtin_prefetch(&treatments_[rows_[chunks_[c].layer]]);
       __builtin_prefetch(&layer + 1), __builtin_prefetch(reinterpret_cast<const char*>(&layer + 1) + 64);
     }
-    passes_in_use()->first(rule_.algorithm, is_fp64_, layer, begin, end, &sums_[2 * c], kept);
+    passes_in_use()->first(rule_.algorithm, is_fp64_, layer, begin, end, &sums_[2 * c], kept,
+                            upcoming ? &*upcoming : nullptr);
   }
 
-  void second(int c, const Layer& layer, const void* kept) const {
+  void second(int c, const Layer& layer, const void* kept, const std::optional<Upcoming>& upcoming) const {
     const auto [begin, end] = elements(c, layer);
-    passes_in_use()->second(rule_.algorithm, is_fp64_, layer, begin, end, kept);
+    passes_in_use()->second(rule_.algorithm, is_fp64_, layer, begin, end, kept, upcoming ? &*upcoming : nullptr);
   }
 
   void layer_sums(int l, double* out) const {
@@ -348,12 +333,7 @@ class Plan {
     wave_threads_ = num_threads;
   }
 
-  std::vector<at::Tensor> weights_;
-  std::vector<at::ScalarType> dtypes_;
-  std::vector<std::vector<int64_t>> sizes_;
-  std::vector<std::vector<at::Tensor>> states_;
-  std::vector<at::Tensor> steps_;
-  std::vector<float*> step_at_;  // in this step
+  Lookup lookup_;
   std::vector<Treatment> treatments_;
   bool may_overwrite_grads_;
   Rule rule_;

@@ -37,57 +37,34 @@ inline at::Tensor laid_out_like(const at::Tensor& values, const at::Tensor& mode
   return at::empty_strided(model.sizes(), model.strides(), values.options()).copy_(values);
 }
 
-inline char* at_element(const at::Tensor& tensor, int64_t element) {
-  return static_cast<char*>(tensor.data_ptr()) + element * static_cast<int64_t>(tensor.element_size());
-}
+inline int64_t size_of(Dtype dtype) { return dtype == Dtype::fp64 ? 8 : dtype == Dtype::fp32 ? 4 : 2; }
 
-// The tensors in a list, which has to outlive what is returned.
-inline std::vector<const at::Tensor*> tensors_in(const py::list& list) {
-  PyObject** const items = PySequence_Fast_ITEMS(list.ptr());
-  std::vector<const at::Tensor*> tensors(list.size());
-  // whether another type is one of tensors is for Python to say, which other threads may not ask
-  auto plain_tensor = [&](size_t i) {
-    return THPVariable_CheckExact(items[i]) ? &THPVariable_Unpack(items[i]) : nullptr;
-  };
-  in_parallel_ranges(tensors.size(), [&](size_t begin, size_t end) {
-    for (size_t i = begin; i < end; ++i) {
-      if (i + 2 * headers_ahead < end) prefetch_bytes(items[i + 2 * headers_ahead], 64);
-      if (i + headers_ahead < end)
-        if (const at::Tensor* tensor = plain_tensor(i + headers_ahead)) prefetch_header(*tensor);
-      tensors[i] = plain_tensor(i);
-      if (tensors[i]) prefetch_storage(*tensors[i]);
+// Tensors without Python objects, which would have to be made, counted and let go in every step. None is an undefined one.
+struct TensorList {
+  std::vector<at::Tensor> tensors;
+
+  explicit TensorList(size_t count) : tensors(count) {}
+  TensorList(TensorList&&) = default;
+  ~TensorList() {
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      if (i + headers_ahead < tensors.size()) prefetch_header(tensors[i + headers_ahead]);
+      tensors[i].reset();
     }
-  });
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    if (tensors[i]) continue;
-    TORCH_CHECK_TYPE(THPVariable_Check(items[i]), "expected a list of tensors");
-    tensors[i] = &THPVariable_Unpack(items[i]);
+  }
+};
+
+// The tensors in a TensorList or a Python list, which has to outlive what is returned.
+inline std::vector<const at::Tensor*> tensors_in(const py::object& list) {
+  std::vector<const at::Tensor*> tensors;
+  if (py::isinstance<TensorList>(list)) {
+    for (const at::Tensor& tensor : list.cast<const TensorList&>().tensors) tensors.push_back(&tensor);
+    return tensors;
+  }
+  for (py::handle item : py::cast<py::list>(list)) {
+    TORCH_CHECK_TYPE(THPVariable_Check(item.ptr()), "expected a list of tensors");
+    tensors.push_back(&THPVariable_Unpack(item.ptr()));
   }
   return tensors;
 }
-
-// The gradients of one call: those in a list, which outlives the call, or copies in the weights' layout. No copy
-// outlives it, so that nobody's memory is kept; made before the GIL is released, and gone after it is held again.
-class Gradients {
- public:
-  Gradients(const py::list& list, const std::vector<at::Tensor>& weights)
-      : given_(tensors_in(list)), copies_(list.size()) {
-    TORCH_CHECK(given_.size() == weights.size(), "expected ", weights.size(), " gradients, got ", given_.size());
-    std::atomic<bool> are_alike{true};
-    in_parallel_ranges(given_.size(), [&](size_t begin, size_t end) {
-      for (size_t i = begin; i < end; ++i)
-        if (!are_laid_out_alike(*given_[i], weights[i])) are_alike = false;
-    });
-    for (size_t i = 0; i < given_.size() && !are_alike; ++i)
-      if (!are_laid_out_alike(*given_[i], weights[i])) copies_[i] = laid_out_like(*given_[i], weights[i]);
-  }
-
-  const at::Tensor& operator[](size_t i) const { return is_copy(i) ? copies_[i] : *given_[i]; }
-  bool is_copy(size_t i) const { return copies_[i].defined(); }
-
- private:
-  std::vector<const at::Tensor*> given_;
-  std::vector<at::Tensor> copies_;
-};
 
 }  // namespace largebatch
