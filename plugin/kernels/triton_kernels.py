@@ -145,6 +145,36 @@ def stochastically_rounded(x, element, seed, step, STATE: tl.constexpr):
 
 
 @triton.jit
+def looked_up(
+    chunk,
+    chunks,  # [2, num_chunks] int64: span, first element in the span
+    num_chunks,
+    spans,  # [4, num_spans] int64: numel, row, layer_start, tensor
+    num_spans,
+    addresses,  # [4, num_spans] int64: weight, grad, state 0, state 1
+    steps,  # [num_tensors] int64: addresses of the fp32 counters
+    HAS_STEPS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Of a chunk: row of its layer, first element in the span, the span's elements and where it begins in the layer, number of
+    the step, addresses of weight, gradient and state."""
+    span = tl.load(chunks + chunk)
+    start = tl.multiple_of(tl.load(chunks + num_chunks + chunk), CHUNK)
+    numel = tl.load(spans + span)
+    row = tl.load(spans + num_spans + span)
+    layer_start = tl.load(spans + 2 * num_spans + span)
+    step = tl.zeros((), tl.float64)
+    if HAS_STEPS:
+        counter = tl.load(steps + tl.load(spans + 3 * num_spans + span)).to(tl.pointer_type(tl.float32))
+        step = tl.load(counter).to(tl.float64) + 1.0
+    w = tl.load(addresses + span)
+    g = tl.load(addresses + num_spans + span)
+    state0 = tl.load(addresses + 2 * num_spans + span)
+    state1 = tl.load(addresses + 3 * num_spans + span)
+    return row, start, numel, layer_start, step, w, g, state0, state1
+
+
+@triton.jit
 def first_chunk(
     w_address,
     g_address,
@@ -221,12 +251,12 @@ def first_chunk(
 
 @triton.jit
 def first_kernel(
-    chunks,  # [2, num_chunks] int64: span, first element in the span
+    chunks,  # this and the next five: see looked_up
     num_chunks,
-    spans,  # [4, num_spans] int64: numel, row, layer_start, tensor
+    spans,
     num_spans,
-    addresses,  # [4, num_spans] int64: weight, grad, state 0, state 1
-    steps,  # [num_tensors] int64: addresses of the fp32 counters
+    addresses,
+    steps,
     rows,  # [2, num_layers] fp64: coupled weight decay, seed of the rounding
     num_layers,
     options,
@@ -243,19 +273,9 @@ def first_kernel(
     BLOCK: tl.constexpr,
 ):
     chunk = tl.program_id(0).to(tl.int64)
-    span = tl.load(chunks + chunk)
-    start = tl.multiple_of(tl.load(chunks + num_chunks + chunk), CHUNK)
-    numel = tl.load(spans + span)
-    row = tl.load(spans + num_spans + span)
-    layer_start = tl.load(spans + 2 * num_spans + span)
-    step = tl.zeros((), tl.float64)
-    if HAS_STEPS:
-        counter = tl.load(steps + tl.load(spans + 3 * num_spans + span)).to(tl.pointer_type(tl.float32))
-        step = tl.load(counter).to(tl.float64) + 1.0
-    w = tl.load(addresses + span)
-    g = tl.load(addresses + num_spans + span)
-    state0 = tl.load(addresses + 2 * num_spans + span)
-    state1 = tl.load(addresses + 3 * num_spans + span)
+    row, start, numel, layer_start, step, w, g, state0, state1 = looked_up(
+        chunk, chunks, num_chunks, spans, num_spans, addresses, steps, HAS_STEPS, CHUNK
+    )
     scale = tl.load(grad_scale).to(T)
     decay = tl.load(rows + row).to(T)
     seed = tl.load(rows + num_layers + row).to(tl.int64)
@@ -456,21 +476,11 @@ def second_kernel(
 ):
     # from the last chunk to the first, because the last are still in the cache
     chunk = num_chunks - 1 - tl.program_id(0).to(tl.int64)
-    span = tl.load(chunks + chunk)
-    row = tl.load(spans + num_spans + span)
+    row, start, numel, layer_start, step, w, g, state0, state1 = looked_up(
+        chunk, chunks, num_chunks, spans, num_spans, addresses, steps, HAS_STEPS, CHUNK
+    )
     if tl.load(moved + row) == 0:
         return
-    start = tl.multiple_of(tl.load(chunks + num_chunks + chunk), CHUNK)
-    numel = tl.load(spans + span)
-    layer_start = tl.load(spans + 2 * num_spans + span)
-    step = tl.zeros((), tl.float64)
-    if HAS_STEPS:
-        counter = tl.load(steps + tl.load(spans + 3 * num_spans + span)).to(tl.pointer_type(tl.float32))
-        step = tl.load(counter).to(tl.float64) + 1.0
-    w = tl.load(addresses + span)
-    g = tl.load(addresses + num_spans + span)
-    state0 = tl.load(addresses + 2 * num_spans + span)
-    state1 = tl.load(addresses + 3 * num_spans + span)
     scale = tl.load(grad_scale).to(T)
     seed = tl.load(rows + num_layers + row).to(tl.int64)
     lr = tl.load(lr_pointer)
