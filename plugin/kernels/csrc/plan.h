@@ -1,8 +1,7 @@
 // The plan of a kernel call: what lies where, which thread does what when.
 //
-// A fused step goes through the layers in waves whose memory fits into the second-level caches: first pass, a barrier,
-// trust ratios, second pass over what the caches still hold. Sums are taken chunk by chunk in a fixed order, so that
-// neither the number of threads nor the waves change a bit.
+// A fused step goes through the layers few by few: first pass, trust ratios, second pass over what the caches still hold.
+// Sums are taken chunk by chunk in a fixed order, so that neither the number of threads nor the schedule changes a bit.
 #pragma once
 
 #include <algorithm>
@@ -17,6 +16,7 @@
 #include "lookup.h"
 #include "passes.h"
 #include "rule.h"
+#include "schedule.h"
 #include "threads.h"
 
 namespace largebatch {
@@ -118,37 +118,29 @@ class Plan {
     Layer empty{};
     for (int64_t row : empty_rows_) decide(empty, row, nothing, lr, out);
     const int num_threads = num_threads_for(total_numel_);
-    plan_waves(num_threads);
-    const int num_waves = static_cast<int>(waves_.size()) - 1, num_chunks = static_cast<int>(chunks_.size());
+    make_schedule(num_threads);
+    const std::vector<Chunks>&waves = schedule_.waves, &batches = schedule_.batches;
+    const int num_waves = static_cast<int>(waves.size()), num_batches = static_cast<int>(batches.size());
     ChunkQueues queues(num_threads);
+    std::atomic<int> next_batch{0};
     in_parallel(num_threads, [&](int thread, int team) {
       std::vector<int>& done = done_[thread];
+      done.clear();
       // the direction of the chunks that the second pass takes up first is kept aside, as far as there is room
       const int64_t room = static_cast<int64_t>(scratch_.size()) / team / bytes_of_chunk();
       char* const scratch = scratch_.data() + thread * room * bytes_of_chunk();
-      auto fill = [&](int wave) {
-        if (wave == num_waves) return;
-        queues.fill(wave % ChunkQueues::num_sets, thread, cut(wave, thread, team), cut(wave, thread + 1, team));
+      auto kept = [&](int c, Chunks own) -> void* {
+        if (keeps_in_grads_) return in_grad(c);
+        const bool has_room = c >= own.begin && c < own.end && own.end - c <= room;
+        return has_room ? scratch + (own.end - 1 - c) * bytes_of_chunk() : nullptr;
       };
-      fill(0);
-      barrier(team);
-      for (int wave = 0; wave < num_waves; ++wave) {
-        const int begin = cut(wave, thread, team), end = cut(wave, thread + 1, team);
-        auto kept = [&](int c) -> void* {
-          if (keeps_in_grads_) return in_grad(c);
-          return c >= begin && c < end && end - c <= room ? scratch + (end - 1 - c) * bytes_of_chunk() : nullptr;
-        };
-        done.clear();
-        for (Chunks taken; !(taken = queues.take(wave % ChunkQueues::num_sets, thread, team)).empty();)
-          for (int c = taken.begin; c < taken.end; ++c) {
-            std::optional<Upcoming> upcoming;
-            if (is_short(c)) upcoming = after_first(c, end);
-            first(c, kept(c), upcoming);
-            done.push_back(c);
-          }
-        fill(wave + 1);
-        barrier(team);
-        const int next_begin = std::min(wave + 1 < num_waves ? cut(wave + 1, thread, team) : begin, num_chunks - 1);
+      auto first_pass = [&](int c, Chunks own) {
+        std::optional<Upcoming> upcoming;
+        if (is_short(c)) upcoming = after_first(c, own.end);
+        first(c, kept(c, own), upcoming);
+        done.push_back(c);
+      };
+      auto second_passes = [&](Chunks own, int comes_next) {
         int current = -1;
         bool is_good = false;
         Layer layer{};
@@ -166,9 +158,30 @@ class Plan {
           }
           if (!is_good) continue;
           std::optional<Upcoming> upcoming;
-          if (is_short(*c)) upcoming = c + 1 != done.rend() ? end_of(c[1]) : at(next_begin, second_ahead);
-          second(*c, layer, kept(*c), upcoming);
+          if (is_short(*c)) upcoming = c + 1 != done.rend() ? end_of(c[1]) : at(comes_next, second_ahead);
+          second(*c, layer, kept(*c, own), upcoming);
         }
+        done.clear();
+      };
+      auto own_of = [&](int wave) { return share_of(waves[wave], cumulative_, thread, team); };
+      auto fill = [&](int wave) {
+        if (wave == num_waves) return;
+        const Chunks own = own_of(wave);
+        queues.fill(wave % ChunkQueues::num_sets, thread, own.begin, own.end);
+      };
+      fill(0);
+      barrier(team);
+      for (int wave = 0; wave < num_waves; ++wave) {
+        const Chunks own = own_of(wave);
+        for (Chunks taken; !(taken = queues.take(wave % ChunkQueues::num_sets, thread, team)).empty();)
+          for (int c = taken.begin; c < taken.end; ++c) first_pass(c, own);
+        fill(wave + 1);
+        barrier(team);
+        second_passes(own, waves[std::min(wave + 1, num_waves - 1)].begin);
+      }
+      for (int batch; (batch = next_batch.fetch_add(1, std::memory_order_relaxed)) < num_batches;) {
+        for (int c = batches[batch].begin; c < batches[batch].end; ++c) first_pass(c, batches[batch]);
+        second_passes(batches[batch], batches[std::min(batch + team, num_batches - 1)].begin);
       }
     });
     return {figures.t(), moved, std::all_of(good, good + num_layers, [](bool is) { return is; })};
@@ -300,37 +313,11 @@ class Plan {
     }
   }
 
-  // The first chunk of a thread's own range in a wave; of the thread after the last, the end. About equal elements each.
-  int cut(int wave, int thread, int team) const {
-    const int begin = waves_[wave], end = waves_[wave + 1];
-    if (thread == team) return end;
-    const int64_t before = begin == 0 ? 0 : cumulative_[begin - 1];
-    const int64_t numel = (end == 0 ? 0 : cumulative_[end - 1]) - before;
-    return static_cast<int>(std::lower_bound(cumulative_.begin() + begin, cumulative_.begin() + end,
-                                             before + numel * thread / team) -
-                            cumulative_.begin());
-  }
-
-  // Chunk numbers at which waves begin, for as much memory as the threads' caches hold; whole layers only.
-  void plan_waves(int num_threads) {
-    if (wave_threads_ == num_threads) return;
-    const int64_t bytes = 16;  // an element's weight, gradient and state, in fp32
-    const int64_t wave_numel = num_threads * second_level_cache_bytes() * 3 / 4 / bytes;
-    waves_.assign(1, 0);
-    int64_t filled = 0;
-    for (size_t l = 0; l < layers_.size(); ++l) {
-      if (filled > 0 && filled + layers_[l].numel > wave_numel) {
-        waves_.push_back(first_chunks_[l]);
-        filled = 0;
-      }
-      filled += layers_[l].numel;
-    }
-    waves_.push_back(static_cast<int>(chunks_.size()));
-    int longest = 0;
-    for (size_t w = 0; w + 1 < waves_.size(); ++w) longest = std::max(longest, waves_[w + 1] - waves_[w]);
+  void make_schedule(int num_threads) {
+    if (schedule_.num_threads == num_threads) return;
+    schedule_ = schedule_for(first_chunks_, cumulative_, num_threads);
     done_.resize(num_threads);
-    for (auto& done : done_) done.reserve(longest);
-    wave_threads_ = num_threads;
+    for (auto& done : done_) done.reserve(schedule_.longest);
   }
 
   Lookup lookup_;
@@ -348,9 +335,8 @@ class Plan {
   std::vector<Chunk> chunks_;
   std::vector<int64_t> cumulative_;
   std::vector<double> sums_;                       // [num_chunks, 2]
-  std::vector<int> waves_;
-  std::vector<std::vector<int>> done_;  // chunks of a wave, thread by thread
-  int wave_threads_ = 0;
+  Schedule schedule_;
+  std::vector<std::vector<int>> done_;  // chunks whose first pass a thread has done, and not yet the second
 };
 
 }  // namespace largebatch

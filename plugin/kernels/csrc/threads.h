@@ -25,6 +25,17 @@ inline int64_t second_level_cache_bytes() {
   return bytes;
 }
 
+inline int64_t third_level_cache_bytes() {
+  static const int64_t bytes = [] {
+#ifdef _SC_LEVEL3_CACHE_SIZE
+    const long found = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    if (found > 0) return static_cast<int64_t>(found);
+#endif
+    return int64_t{8} << 20;
+  }();
+  return bytes;
+}
+
 // Calls work(thread, num_threads) on each thread of a team. Work that may throw must not wait for the others.
 template <class Work>
 void in_parallel(int num_threads, Work work) {
