@@ -14,27 +14,19 @@
 
 namespace largebatch {
 
-inline int64_t second_level_cache_bytes() {
-  static const int64_t bytes = [] {
-#ifdef _SC_LEVEL2_CACHE_SIZE
-    const long found = sysconf(_SC_LEVEL2_CACHE_SIZE);
-    if (found > 0) return static_cast<int64_t>(found);
-#endif
-    return int64_t{1} << 20;
-  }();
-  return bytes;
+// What sysconf says of a cache, or the given size where it does not know.
+inline int64_t cache_bytes(int name, int64_t otherwise) {
+  const long found = sysconf(name);
+  return found > 0 ? static_cast<int64_t>(found) : otherwise;
 }
 
-inline int64_t third_level_cache_bytes() {
-  static const int64_t bytes = [] {
-#ifdef _SC_LEVEL3_CACHE_SIZE
-    const long found = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    if (found > 0) return static_cast<int64_t>(found);
+#ifdef _SC_LEVEL2_CACHE_SIZE
+inline int64_t second_level_cache_bytes() { return cache_bytes(_SC_LEVEL2_CACHE_SIZE, int64_t{1} << 20); }
+inline int64_t third_level_cache_bytes() { return cache_bytes(_SC_LEVEL3_CACHE_SIZE, int64_t{8} << 20); }
+#else
+inline int64_t second_level_cache_bytes() { return int64_t{1} << 20; }
+inline int64_t third_level_cache_bytes() { return int64_t{8} << 20; }
 #endif
-    return int64_t{8} << 20;
-  }();
-  return bytes;
-}
 
 // Calls work(thread, num_threads) on each thread of a team. Work that may throw must not wait for the others.
 template <class Work>
