@@ -261,6 +261,14 @@ def plot(medians: dict[str, dict[str, float]], path: pathlib.Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def have_tests_passed(device: str) -> bool:
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "kernels")]
+    if subprocess.run(tests + (["-k", "not triton"] if device == "cpu" else []), cwd=ROOT).returncode == 0:
+        return True
+    print("the kernels' tests fail; nothing was timed")
+    return False
+
+
 def command() -> str:
     """How to call this again; where the report went does not matter."""
     arguments = [a for i, a in enumerate(sys.argv[1:], 1) if a != "--report" and sys.argv[i - 1] != "--report"]
@@ -277,9 +285,7 @@ def main() -> int:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     device = arguments.device
-    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "kernels")]
-    if subprocess.run(tests + (["-k", "not triton"] if device == "cpu" else []), cwd=ROOT).returncode:
-        print("the kernels' tests fail; nothing was timed")
+    if not have_tests_passed(device):
         return 1
     name = f"kernels_{device}_{datetime.date.today()}.md"
     path = arguments.report or ROOT / "benchmarks" / "reports" / name

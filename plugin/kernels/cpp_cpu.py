@@ -41,6 +41,14 @@ class CppKernels:
         segments.prepared["cpp is looked up"] = True
         return plan.look_up(segments.grads)
 
+    def find_gradients(self, segments: Segments) -> bool:
+        grads = plan_of(self.module, segments).find_gradients()
+        if grads is None:
+            return False
+        segments.grads = grads
+        segments.prepared["cpp is looked up"] = True
+        return True
+
     def square_sums(self, tensors: list[Tensor]) -> Tensor:
         return self.module.square_sums([t.detach() for t in tensors])
 

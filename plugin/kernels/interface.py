@@ -135,12 +135,24 @@ class Kernels(Protocol):
     is_fused: bool
     """Whether ``step_`` reads the memory fewer times than ``accumulate_`` and ``advance_`` together."""
     objects: Any
-    """A compiled :class:`largebatch.optim.plan.Objects`, where the backend has one; else None."""
+    """A compiled :class:`largebatch.optim.plan.Objects`, where the backend has one, which can ``find_gradients`` then; else
+    None."""
 
     def is_current(self, segments: Segments) -> bool:
         """Whether the weights still have the device, dtype and shape that they had at the first call.
 
         Called once before a step, when its gradients are there: a backend may look up where everything lies.
+        """
+        ...
+
+    def find_gradients(self, segments: Segments) -> bool:
+        """In the place of ``is_current``: looks for the gradients, too, in the weights' attributes.
+
+        Args:
+            segments: ``weights`` plain tensors, no subclasses; ``grads`` replaced.
+
+        Returns:
+            False, and leaves ``grads`` as they are, if a weight has none or ``is_current`` would say so.
         """
         ...
 

@@ -6,13 +6,13 @@ microseconds. Whatever a user or an engine may exchange between two steps is com
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import chain, repeat
+from itertools import chain
 from operator import attrgetter, is_
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from largebatch.config import LEARNING_RATE
@@ -33,10 +33,6 @@ class Objects(Protocol):
 
     def same_values_of_all(self, mappings: list[dict[str, Any]], values: list[Any]) -> bool: ...
 
-    def gradients(self, parameters: list[Tensor], lacks_grad: list[bool]) -> Sequence[Tensor | None] | None:
-        """None if another set of parameters lacks one than is expected."""
-        ...
-
 
 class PlainObjects:
     """See :class:`Objects`."""
@@ -49,10 +45,6 @@ class PlainObjects:
 
     def same_values_of_all(self, mappings: list[dict[str, Any]], values: list[Any]) -> bool:
         return self.same_items(list(chain.from_iterable(map(dict.values, mappings))), values)
-
-    def gradients(self, parameters: list[Tensor], lacks_grad: list[bool]) -> list[Tensor | None] | None:
-        grads = list(map(GRAD, parameters))
-        return grads if list(map(is_, grads, repeat(None))) == lacks_grad else None
 
 
 PLAIN_OBJECTS = PlainObjects()
@@ -73,7 +65,8 @@ class GroupPlan:
     option_names: tuple[str, ...]
     """All options but lr."""
     option_values: list[Any]
-    lacks_grad: list[bool]
+    without_grad: list[Tensor]
+    """The params that had no gradient, which none of the calls has."""
     all_states: list[dict[str, Any]]
     """The values of the optimizer's state, other groups' included."""
     states: list[dict[str, Any]]
@@ -82,6 +75,8 @@ class GroupPlan:
     calls: list[Call]
     local_places: list[tuple] | None
     """Where in memory lies what this rank holds of each parameter, if any is a DTensor."""
+    kernels_find_gradients: bool
+    """Whether the backends can find them: they take a weight's attribute as it is, not what a subclass makes of it."""
     objects: Objects
 
     def renew(self, optimizer_state: Mapping[Tensor, dict[str, Any]]) -> bool:
@@ -96,24 +91,29 @@ class GroupPlan:
             return False
         if not objects.same_values_of_all(self.states, self.state_tensors):
             return False
-        if self.local_places is None:
-            grads = objects.gradients(self.params, self.lacks_grad)
-        else:
-            if list(map(place_of, self.params)) != self.local_places:
-                return False
-            grads = list(map(local_gradient, self.params))
-            grads = grads if [grad is None for grad in grads] == self.lacks_grad else None
-        if grads is None:
+        if any(parameter.grad is not None for parameter in self.without_grad):
             return False
         lr = group["lr"]
         LEARNING_RATE("lr", lr)
         for call in self.calls:
             call.segments.lr = lr
-            # most often one call has all the tensors; a list of a backend's own is for that backend only
-            can_read = objects is PLAIN_OBJECTS or objects is call.kernels.objects
-            takes_all = can_read and len(call.positions) == len(grads)
+        if self.kernels_find_gradients:
+            return all(call.kernels.find_gradients(call.segments) for call in self.calls)
+        return self.collect_gradients()
+
+    def collect_gradients(self) -> bool:
+        """Hands the gradients to the calls; False if a tensor has none, or another layout than it had."""
+        if self.local_places is None:
+            grads = list(map(GRAD, self.params))
+        else:
+            if list(map(place_of, self.params)) != self.local_places:
+                return False
+            grads = list(map(local_gradient, self.params))
+        for call in self.calls:
+            # most often one call has all the tensors
+            takes_all = len(call.positions) == len(grads)
             call.segments.grads = grads if takes_all else [grads[i] for i in call.positions]
-            if not call.kernels.is_current(call.segments):
+            if any(grad is None for grad in call.segments.grads) or not call.kernels.is_current(call.segments):
                 return False
         return True
 
@@ -132,17 +132,22 @@ def plan_group(
     """Sorts a param group into calls."""
     calls = make_calls(group)
     params = list(group["params"])
+    without_grad = [parameter for parameter in params if parameter.grad is None]
     states = [optimizer_state[parameter] for parameter in params if parameter.grad is not None]
+    local_places = list(map(place_of, params)) if any(isinstance(p, DTensor) for p in params) else None
+    are_plain = all(type(weight) in (Tensor, nn.Parameter) for call in calls for weight in call.segments.weights)
+    are_compiled = all(call.kernels.objects is not None for call in calls)
     return GroupPlan(
         group,
         params,
         option_names,
         [group[name] for name in option_names],
-        [parameter.grad is None for parameter in params],
+        without_grad,
         list(optimizer_state.values()),
         states,
         list(chain.from_iterable(map(dict.values, states))),
         calls,
-        list(map(place_of, params)) if any(isinstance(p, DTensor) for p in params) else None,
+        local_places,
+        local_places is None and are_plain and are_compiled,
         next((call.kernels.objects for call in calls if call.kernels.objects is not None), PLAIN_OBJECTS),
     )

@@ -194,62 +194,105 @@ def test_a_removed_entry_is_seen(objects):
     assert objects.same_values(mapping, values[:2] + values[3:])
 
 
-def test_gradients(objects):
-    parameters = many()
-    give_gradients(parameters, seed=1)
-    nothing_lacks = [False] * NUM_TENSORS
-    grads = objects.gradients(parameters, nothing_lacks)
+# --- gradients that the kernels find themselves -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def plan_of(three_threads):
+    """(parameters, optimizer) -> its compiled plan, and what it has planned in Python, after a first step."""
+    with using("cpp-portable"):
+
+        def plan_of(optimizer):
+            (plan,) = optimizer._plans.values()
+            (call,) = plan.calls
+            return plan, call
+
+        yield plan_of
+
+
+def test_they_are_those_of_the_weights(plan_of):
+    parameters, optimizer = trained("cpp", largebatch.LAMB)
+    plan, call = plan_of(optimizer)
+    give_gradients(parameters, seed=7)
+    assert call.segments.grads == [] and plan.kernels_find_gradients
+    assert plan.renew(optimizer.state)
+    grads = call.segments.grads
     assert len(grads) == NUM_TENSORS and all(g is p.grad for g, p in zip(grads, parameters, strict=True))
-    parameters[77].grad = None
-    assert objects.gradients(parameters, nothing_lacks) is None
-    lacks = [i == 77 for i in range(NUM_TENSORS)]
-    grads = objects.gradients(parameters, lacks)
-    assert grads[77] is None and grads[78] is parameters[78].grad
-    give_gradients(parameters, seed=2)
-    assert objects.gradients(parameters, lacks) is None
-
-
-def test_a_tensor_with_a_grad_of_its_own(objects):
-    """A subclass may answer otherwise than torch's tensor does."""
-
-    class Kept(torch.Tensor):
-        kept = None
-
-        @property
-        def grad(self):
-            return self.kept
-
-    tensor = torch.zeros(3).as_subclass(Kept)
-    tensor.kept = torch.ones(3)
-    (grad,) = objects.gradients([tensor], [False])
-    assert grad is tensor.kept
-    assert list(objects.gradients([torch.zeros(2)], [True])) == [None]
-
-
-def test_nothing_is_kept_alive(objects):
-    """A reference too few or too many shows in the count, or in what is gone when its owner lets it go."""
-    parameters = many()
-    give_gradients(parameters, seed=1)
-    lacks = [False] * NUM_TENSORS
-    grads = objects.gradients(parameters, lacks)
-    assert len(grads) == NUM_TENSORS
-    values, gone = parameters[5].grad.clone(), weakref.ref(parameters[5].grad)
-    parameters[5].grad = None
-    assert torch.equal(grads[5], values)
-    assert objects.gradients(parameters, lacks) is None
     with pytest.raises(IndexError):
         grads[NUM_TENSORS]
-    del grads
-    assert gone() is None
 
-    lacks[5], parameter = True, parameters[7]
-    before, gone = sys.getrefcount(parameter), weakref.ref(parameters[7].grad)
-    found = objects.gradients(parameters, lacks), objects.same_items(parameters, list(parameters))
-    assert found[0] is not None and found[1]
-    del found
-    assert sys.getrefcount(parameter) == before
-    parameter.grad = None
+
+@pytest.mark.parametrize("position", [0, 833, 834, NUM_TENSORS - 1])
+def test_one_that_lacks_is_noticed(plan_of, position):
+    parameters, optimizer = trained("cpp", largebatch.LARS)
+    plan, call = plan_of(optimizer)
+    parameters[position].grad = None
+    assert not plan.renew(optimizer.state) and call.segments.grads == []
+    before = parameters[position].detach().clone()
+    optimizer.step()
+    assert torch.equal(parameters[position], before)
+    plan = optimizer._plans[next(iter(optimizer._plans))]
+    assert plan.without_grad[0] is parameters[position] and plan.renew(optimizer.state)
+    give_gradients(parameters, seed=8)
+    assert not plan.renew(optimizer.state)
+    optimizer.step()
+    assert parameters[position].numel() == 0 or not torch.equal(parameters[position], before)
+
+
+def test_they_are_not_kept_alive(plan_of):
+    """A reference too few or too many shows in the count, or in what is gone when its owner lets it go."""
+    parameters, optimizer = trained("cpp", largebatch.LAMB)
+    plan, call = plan_of(optimizer)
+    before = sys.getrefcount(parameters[7]), sys.getrefcount(parameters[7].grad)
+    assert plan.renew(optimizer.state)
+    values, gone = parameters[5].grad.clone(), weakref.ref(parameters[5].grad)
+    parameters[5].grad = None
+    assert torch.equal(call.segments.grads[5], values)
+    assert not plan.renew(optimizer.state)  # and the older ones are still there
+    assert torch.equal(call.segments.grads[5], values)
+    plan.let_gradients_go()
     assert gone() is None
+    assert (sys.getrefcount(parameters[7]), sys.getrefcount(parameters[7].grad)) == before
+
+
+class WithAGradOfItsOwn(torch.nn.Parameter):
+    """A subclass may answer otherwise than torch's tensor does."""
+
+    own = None
+
+    @property
+    def grad(self):
+        return self.own
+
+
+@pytest.mark.parametrize("kernels", ["reference", "cpp"])
+def test_a_tensor_with_a_grad_of_its_own(plan_of, kernels):
+    parameter = WithAGradOfItsOwn(torch.ones(3))
+    optimizer = largebatch.LARS([parameter, torch.nn.Parameter(torch.ones(2))], lr=0.1, kernels=kernels)
+    for value in (1.0, 2.0):
+        parameter.own = torch.full((3,), value)
+        optimizer.step()
+        assert not plan_of(optimizer)[0].kernels_find_gradients
+    first, *others = parameter.tolist()
+    assert first < 1 and set(others) == {first}
+
+
+def test_a_call_for_each_dtype(plan_of):
+    """Each finds those of its own weights."""
+
+    def stepped(kernels):
+        parameters = [torch.nn.Parameter(p.to(torch.float64)) if i % 3 else p for i, p in enumerate(many())]
+        optimizer = largebatch.LAMB(parameters, lr=0.05, kernels=kernels)
+        for step in range(3):
+            give_gradients(parameters, seed=step)
+            parameters[10].grad = None
+            optimizer.step()
+        return parameters, next(iter(optimizer._plans.values()))
+
+    (found, plan), (wanted, _) = stepped("cpp"), stepped("reference")
+    assert len(plan.calls) == 2 and plan.kernels_find_gradients and plan.without_grad[0] is found[10]
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("value", [None, 3.0, "x"])

@@ -52,6 +52,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
                     const std::vector<std::array<int64_t, 5>>&, std::vector<double>, std::vector<double>,
                     std::vector<bool>, std::vector<uint32_t>, const py::dict&, bool>())
       .def("look_up", &Plan::look_up)
+      .def("find_gradients", &Plan::find_gradients)
       .def("count", &Plan::count)
       .def("is_flat", &Plan::is_flat)
       .def("accumulate", &Plan::accumulate)

@@ -8,8 +8,7 @@
 
 #include <cstddef>
 
-// Left to itself the compiler drops the call of a function that does nothing but ask for memory.
-#define LARGEBATCH_INLINE __attribute__((always_inline)) inline
+#include "inlining.h"
 
 namespace largebatch {
 
@@ -29,7 +28,12 @@ LARGEBATCH_INLINE void prefetch_header(const at::Tensor& tensor) {
 // Of a tensor whose own header is there already: that of its memory.
 LARGEBATCH_INLINE void prefetch_storage(const at::Tensor& tensor) {
   if (tensor.defined() && tensor.has_storage())
-    __builtin_prefetch(tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl());
+    prefetch_bytes(tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl(), sizeof(c10::StorageImpl));
+}
+
+// Likewise: what autograd knows of it, its gradient among it.
+LARGEBATCH_INLINE void prefetch_autograd(const at::Tensor& tensor) {
+  prefetch_bytes(tensor.unsafeGetTensorImpl()->autograd_meta(), 64);
 }
 
 }  // namespace largebatch

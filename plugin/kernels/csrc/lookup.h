@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <cstddef>
 #include <utility>
 #include <vector>
 
@@ -37,21 +38,89 @@ class Lookup {
   // Looks everything up, in one go through all headers: they are in memory, not in the caches. False if the weights have
   // another device, dtype or shape than at first.
   bool renew(const py::object& grads) {
-    const Gradients gradients = tensors_in(grads);
-    TORCH_CHECK(gradients.size() == weights_.size(), "expected ", weights_.size(), " gradients, got ", gradients.size());
+    GivenGradients given{tensors_in(grads)};
+    TORCH_CHECK(given.tensors.size() == weights_.size(), "expected ", weights_.size(), " gradients, got ",
+                given.tensors.size());
+    return renew_with(given);
+  }
+
+  // The same with the gradients that the weights have themselves, which are found on the way and put into the list. False
+  // also if a weight has none.
+  bool find_gradients(std::vector<at::Tensor>& grads) {
+    grads.resize(weights_.size());
+    FoundGradients found{weights_, grads};
+    return renew_with(found);
+  }
+
+  // Whether weights and states lie densely in memory and alike, so that they can be taken as flat arrays.
+  bool is_flat() const { return is_flat_; }
+  bool counts_steps() const { return !steps_.empty(); }
+  const std::vector<Place>& places() const { return places_; }
+
+  // Puts copies in the place of the gradients that are not laid out like their weights, and returns them. No copy shall
+  // outlive the call, so that nobody's memory is kept; they are made and let go while the GIL is held.
+  std::vector<at::Tensor> lay_out(const py::object& grads) {
+    std::vector<at::Tensor> copies;
+    if (are_grads_alike_) return copies;
+    const std::vector<const at::Tensor*> gradients = tensors_in(grads);
+    for (size_t i = 0; i < places_.size(); ++i) {
+      if (places_[i].is_grad_alike) continue;
+      copies.push_back(laid_out_like(*gradients[i], weights_[i]));
+      places_[i].grad = static_cast<char*>(copies.back().data_ptr());
+    }
+    return copies;
+  }
+
+  // Adds one to the step counts.
+  void count() {
+    if (!counts_steps()) return;
+    in_parallel_ranges(places_.size(), [&](size_t begin, size_t end) {
+      for (size_t i = begin; i < end; ++i) {
+        if (i + 2 * headers_ahead < end) __builtin_prefetch(places_[i + 2 * headers_ahead].step, 1);
+        *places_[i].step += 1.0f;
+      }
+    });
+  }
+
+ private:
+  // Where gradients come from: at(i) may be asked for when ask(i) has been called some tensors before, take(i) once for each.
+  struct GivenGradients {
+    std::vector<const at::Tensor*> tensors;
+
+    void ask(size_t) const {}
+    const at::Tensor& at(size_t i) const { return *tensors[i]; }
+    void take(size_t) const {}
+  };
+  struct FoundGradients {
+    const std::vector<at::Tensor>& weights;
+    std::vector<at::Tensor>& grads;
+
+    LARGEBATCH_INLINE void ask(size_t i) const { prefetch_autograd(weights[i]); }
+    const at::Tensor& at(size_t i) const { return weights[i].unsafeGetTensorImpl()->grad(); }
+    void take(size_t i) const { grads[i] = at(i); }
+  };
+
+  template <class Gradients>
+  bool renew_with(Gradients& gradients) {
     std::atomic<bool> is_current{true}, is_flat{true}, are_grads_alike{true};
     in_parallel_ranges(places_.size(), [&](size_t begin, size_t end) {
-      for (size_t i = begin; i < std::min(end, begin + 2 * headers_ahead); ++i) prefetch_headers(i, gradients);
-      for (size_t i = begin; i < std::min(end, begin + headers_ahead); ++i) prefetch_storages(i, gradients);
-      for (size_t i = begin; i < end; ++i) {
-        if (i + 2 * headers_ahead < end) prefetch_headers(i + 2 * headers_ahead, gradients);
-        if (i + headers_ahead < end) prefetch_storages(i + headers_ahead, gradients);
+      const auto first = static_cast<ptrdiff_t>(begin), last = static_cast<ptrdiff_t>(end);
+      constexpr auto ahead = static_cast<ptrdiff_t>(headers_ahead);
+      // each of these is found through the one before
+      for (ptrdiff_t i = first - 4 * ahead; i < last; ++i) {
+        auto is_there = [&](ptrdiff_t j) { return first <= j && j < last; };
+        if (const ptrdiff_t j = i + 4 * ahead; is_there(j)) prefetch_headers(j);
+        if (const ptrdiff_t j = i + 3 * ahead; is_there(j)) prefetch_storages(j), gradients.ask(j);
+        if (const ptrdiff_t j = i + 2 * ahead; is_there(j)) prefetch_header(gradients.at(j));
+        if (const ptrdiff_t j = i + ahead; is_there(j)) prefetch_storage(gradients.at(j));
+        if (!is_there(i)) continue;
         Place& place = places_[i];
-        const at::Tensor &weight = weights_[i], &grad = *gradients[i];
-        if (!weight.is_cpu() || weight.scalar_type() != place.made_for || weight.sizes() != sizes(i)) {
+        const at::Tensor &weight = weights_[i], &grad = gradients.at(i);
+        if (!grad.defined() || !weight.is_cpu() || weight.scalar_type() != place.made_for || weight.sizes() != sizes(i)) {
           is_current = false;
           continue;
         }
+        gradients.take(i);
         if (!weight.is_non_overlapping_and_dense()) is_flat = false;
         place.weight = static_cast<char*>(weight.data_ptr());
         place.weight_dtype = dtype_of(weight);
@@ -73,39 +142,6 @@ class Lookup {
     return is_current;
   }
 
-  // Whether weights and states lie densely in memory and alike, so that they can be taken as flat arrays.
-  bool is_flat() const { return is_flat_; }
-  bool counts_steps() const { return !steps_.empty(); }
-  const std::vector<Place>& places() const { return places_; }
-
-  // Puts copies in the place of the gradients that are not laid out like their weights, and returns them. No copy shall
-  // outlive the call, so that nobody's memory is kept; they are made and let go while the GIL is held.
-  std::vector<at::Tensor> lay_out(const py::object& grads) {
-    std::vector<at::Tensor> copies;
-    if (are_grads_alike_) return copies;
-    const Gradients gradients = tensors_in(grads);
-    for (size_t i = 0; i < places_.size(); ++i) {
-      if (places_[i].is_grad_alike) continue;
-      copies.push_back(laid_out_like(*gradients[i], weights_[i]));
-      places_[i].grad = static_cast<char*>(copies.back().data_ptr());
-    }
-    return copies;
-  }
-
-  // Adds one to the step counts.
-  void count() {
-    if (!counts_steps()) return;
-    in_parallel_ranges(places_.size(), [&](size_t begin, size_t end) {
-      for (size_t i = begin; i < end; ++i) {
-        if (i + 2 * headers_ahead < end) __builtin_prefetch(places_[i + 2 * headers_ahead].step, 1);
-        *places_[i].step += 1.0f;
-      }
-    });
-  }
-
- private:
-  using Gradients = std::vector<const at::Tensor*>;
-
   // Of a weight, as it was at first.
   c10::IntArrayRef sizes(size_t i) const {
     const size_t first = places_[i].first_size, end = i + 1 < places_.size() ? places_[i + 1].first_size : sizes_.size();
@@ -123,15 +159,15 @@ class Lookup {
                   " for the same weight; all tensors of a weight's state have one type");
   }
 
-  LARGEBATCH_INLINE void prefetch_headers(size_t i, const Gradients& gradients) const {
-    prefetch_header(weights_[i]), prefetch_header(*gradients[i]);
+  LARGEBATCH_INLINE void prefetch_headers(size_t i) const {
+    prefetch_header(weights_[i]);
     for (size_t s = 0; s < num_states_; ++s) prefetch_header(states_[i * num_states_ + s]);
     if (counts_steps()) prefetch_header(steps_[i]);
   }
 
   // When the tensors' own headers are there.
-  LARGEBATCH_INLINE void prefetch_storages(size_t i, const Gradients& gradients) const {
-    prefetch_storage(weights_[i]), prefetch_storage(*gradients[i]);
+  LARGEBATCH_INLINE void prefetch_storages(size_t i) const {
+    prefetch_storage(weights_[i]);
     for (size_t s = 0; s < num_states_; ++s) prefetch_storage(states_[i * num_states_ + s]);
     if (counts_steps()) prefetch_storage(steps_[i]);
   }

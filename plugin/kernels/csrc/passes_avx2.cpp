@@ -1,6 +1,7 @@
 // The same loops with AVX2; called only where the processor has it.
 #include <algorithm>
 
+#include "inlining.h"
 #include "passes.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)

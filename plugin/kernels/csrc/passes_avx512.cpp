@@ -1,6 +1,7 @@
 // The same loops with AVX512 in vectors of 512 bits; called only where the processor has it.
 #include <algorithm>
 
+#include "inlining.h"
 #include "passes.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)

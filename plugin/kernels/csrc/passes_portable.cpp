@@ -1,6 +1,7 @@
 // For any processor: what the compiler makes of the loops for its default target.
 #include <algorithm>
 
+#include "inlining.h"
 #include "passes.h"
 
 namespace largebatch {

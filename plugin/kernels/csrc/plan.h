@@ -67,6 +67,10 @@ class Plan {
 
   // See Lookup.
   bool look_up(const py::object& grads) { return lookup_.renew(grads); }
+  std::optional<TensorList> find_gradients() {
+    TensorList grads;
+    return lookup_.find_gradients(grads.tensors) ? std::optional(std::move(grads)) : std::nullopt;
+  }
   bool is_flat() const { return lookup_.is_flat(); }
   void count() { lookup_.count(); }
 

@@ -39,11 +39,11 @@ inline at::Tensor laid_out_like(const at::Tensor& values, const at::Tensor& mode
 
 inline int64_t size_of(Dtype dtype) { return dtype == Dtype::fp64 ? 8 : dtype == Dtype::fp32 ? 4 : 2; }
 
-// Tensors without Python objects, which would have to be made, counted and let go in every step. None is an undefined one.
+// Tensors without Python objects, which would have to be made, counted and let go in every step.
 struct TensorList {
   std::vector<at::Tensor> tensors;
 
-  explicit TensorList(size_t count) : tensors(count) {}
+  TensorList() = default;
   TensorList(TensorList&&) = default;
   ~TensorList() {
     for (size_t i = 0; i < tensors.size(); ++i) {

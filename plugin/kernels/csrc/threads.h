@@ -48,11 +48,13 @@ void in_parallel(int num_threads, Work work) {
   work(0, 1);
 }
 
-// Calls work(begin, end) on each thread of a team for its part of [0, count): what is looked up for each tensor.
+// For what is looked up for each of some tensors.
+inline int num_threads_for_tensors(size_t count) { return count < 1000 ? 1 : at::get_num_threads(); }
+
+// Calls work(begin, end) on each thread of such a team for its part of [0, count).
 template <class Work>
 void in_parallel_ranges(size_t count, Work work) {
-  const int num_threads = count < 1000 ? 1 : at::get_num_threads();
-  in_parallel(num_threads, [&](size_t thread, size_t team) {
+  in_parallel(num_threads_for_tensors(count), [&](size_t thread, size_t team) {
     work(count * thread / team, count * (thread + 1) / team);
   });
 }

@@ -1,0 +1,134 @@
+"""The limits that the CPU kernels are held to, measured again and again, after the kernels' tests have passed.
+
+    python benchmarks/kernel_repeats.py [--repeats 12] [--rounds 15] [--report FILE.md]
+
+The memory of a shared machine changes its speed for seconds or minutes, and with it the ratios: each repeat is a line of its
+own, beside what a copy moves before and after it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import statistics
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from harness import copy_bandwidth, interleaved, preamble
+from kernels import flattened, have_tests_passed, parameters, peers
+from shapes import SHAPES, numel
+
+import largebatch
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A ratio of two contestants' medians, and where it is to lie."""
+
+    title: str
+    of: str
+    to: str
+    at_most: float = float("inf")
+    at_least: float = 0.0
+
+    def is_kept(self, ratio: float) -> bool:
+        return self.at_least <= ratio <= self.at_most
+
+    @property
+    def wanted(self) -> str:
+        return f"<= {self.at_most:g}" if self.at_least == 0.0 else f">= {self.at_least:g}"
+
+
+ADAMW, SGD, TIMM_LAMB, TIMM_LARS = "torch AdamW (fused)", "torch SGD (fused)", "timm Lamb", "timm Lars"
+MANY, ONE = ", 10,000 tiny tensors", ", one tensor"
+LIMITS = (
+    Limit("LAMB / AdamW fused", "LAMB", ADAMW, at_most=1.10),
+    Limit("LARS / SGD fused", "LARS", SGD, at_most=1.10),
+    Limit("timm Lamb / LAMB", TIMM_LAMB, "LAMB", at_least=6),
+    Limit("timm Lars / LARS", TIMM_LARS, "LARS", at_least=4),
+    Limit("flat / whole, LAMB", "LAMB, flat partition", "LAMB", at_most=1.10),
+    Limit("flat / whole, LARS", "LARS, flat partition", "LARS", at_most=1.10),
+    Limit("tiny / one, LAMB", "LAMB" + MANY, "LAMB" + ONE, at_most=2),
+    Limit("tiny / one, LARS", "LARS" + MANY, "LARS" + ONE, at_most=2),
+)
+
+
+def steps_of_resnet50() -> dict[str, Callable]:
+    """Each optimizer's step, with weights and gradients of its own."""
+    shapes, found = SHAPES["resnet50"](), peers("cpu")[0]
+    lamb, lars = {"lr": 1e-4, "weight_decay": 0.01}, {"lr": 1e-4, "weight_decay": 1e-4}
+    steps = {
+        "LAMB": largebatch.LAMB(parameters(shapes, "cpu"), **lamb).step,
+        "LARS": largebatch.LARS(parameters(shapes, "cpu"), **lars).step,
+        "LAMB, flat partition": flattened(largebatch.LAMB, shapes, "cpu", **lamb).step,
+        "LARS, flat partition": flattened(largebatch.LARS, shapes, "cpu", **lars).step,
+    }
+    peer_names = [name for name in (ADAMW, SGD, TIMM_LAMB, TIMM_LARS) if name in found]
+    return steps | {name: found[name](parameters(shapes, "cpu")).step for name in peer_names}
+
+
+def steps_of_tiny() -> dict[str, Callable]:
+    many, one = SHAPES["tiny"](), [(numel(SHAPES["tiny"]()),)]
+    return {
+        name + size: optimizer_class(parameters(shapes, "cpu"), lr=1e-4).step
+        for name, optimizer_class in (("LAMB", largebatch.LAMB), ("LARS", largebatch.LARS))
+        for size, shapes in ((MANY, many), (ONE, one))
+    }
+
+
+def summary(rows: list[dict[Limit, float]], limits: list[Limit]) -> list[str]:
+    """For each limit the smallest, the median and the largest ratio, and in how many repeats it was kept."""
+    lines = ["| ratio | limit | smallest | median | largest | kept in |", "|---|---|---|---|---|---|"]
+    for limit in limits:
+        ratios = [row[limit] for row in rows]
+        figures = " | ".join(f"{f(ratios):.2f}" for f in (min, statistics.median, max))
+        kept = sum(map(limit.is_kept, ratios))
+        lines.append(f"| {limit.title} | {limit.wanted} | {figures} | {kept} of {len(rows)} |")
+    return [*lines, ""]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=15, help="of each repeat")
+    parser.add_argument("--report", type=pathlib.Path)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if not have_tests_passed("cpu"):
+        return 1
+    command = f"python benchmarks/kernel_repeats.py --repeats {arguments.repeats} --rounds {arguments.rounds}"
+    groups = (steps_of_resnet50(), steps_of_tiny())
+    limits = [limit for limit in LIMITS if any({limit.of, limit.to} <= steps.keys() for steps in groups)]
+    lines = preamble("The limits of the CPU kernels, measured again and again", "cpu", command)
+    lines += [
+        "ResNet-50's 161 tensors and 10,000 tiny ones, fp32. A line is one repeat: every optimizer once a round, medians of "
+        f"{arguments.rounds} rounds, what a copy moves (GB/s) before and after, ms of AdamW and SGD.",
+        "",
+        "| copy | AdamW fused | SGD fused | " + " | ".join(limit.title for limit in limits) + " |",
+        "|" + "---|" * (3 + len(limits)),
+    ]
+    print("\n".join(lines), flush=True)
+    rows, speeds = [], []
+    for _ in range(arguments.repeats):
+        before = copy_bandwidth("cpu")
+        medians = {n: t.median for g in groups for n, t in interleaved(g, num_rounds=arguments.rounds).items()}
+        after = copy_bandwidth("cpu")
+        rows.append({limit: medians[limit.of] / medians[limit.to] for limit in limits})
+        speeds.append((before, after))
+        cells = [f"{before / 1e9:.0f}, {after / 1e9:.0f}", f"{medians[ADAMW] * 1e3:.2f}", f"{medians[SGD] * 1e3:.2f}"]
+        lines.append("| " + " | ".join(cells + [f"{ratio:.2f}" for ratio in rows[-1].values()]) + " |")
+        print(lines[-1], flush=True)
+    lines += ["", "## All repeats", "", *summary(rows, limits)]
+    print("\n".join(lines[-len(limits) - 5 :]))
+    if arguments.report:
+        arguments.report.write_text("\n".join(lines).rstrip() + "\n")
+        print(f"written to {arguments.report}")
+    return 0
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    sys.exit(main())
