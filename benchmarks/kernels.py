@@ -34,10 +34,11 @@ GPU_LAMB_BYTES = 40
 
 
 def parameters(shapes: list[Shape], device: str) -> list[torch.nn.Parameter]:
+    """With gradients. Filled in place, as networks are: temporaries would leave holes between the tensors."""
     generator = torch.Generator(device).manual_seed(0)
-    made = [torch.nn.Parameter(torch.randn(s, device=device, generator=generator) * 0.05) for s in shapes]
+    made = [torch.nn.Parameter(torch.randn(s, device=device, generator=generator).mul_(0.05)) for s in shapes]
     for parameter in made:
-        parameter.grad = torch.randn(parameter.shape, device=device, generator=generator) * 1e-3
+        parameter.grad = torch.randn(parameter.shape, device=device, generator=generator).mul_(1e-3)
     return made
 
 

@@ -27,6 +27,7 @@ from largebatch.optim.state import (
     check_same_meaning,
     fill_state,
     has_checkpoint_names,
+    new_states,
     state_dtype_of,
     with_checkpoint_names,
     with_own_names,
@@ -212,6 +213,8 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         options = self._group_options(group)
         rule = self.make_rule(options)
         calls: dict[Any, Call] = {}
+        fresh = [tensor for tensor in group["params"] if tensor.grad is not None and not self.state.get(tensor)]
+        self.state.update(zip(fresh, new_states(fresh, rule, self.state_dtype), strict=True))
         for position, tensor in enumerate(group["params"]):
             if tensor.grad is None:
                 # ranks must enter the all-reduce together, so an engine gives its partitions zeros instead

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import largebatch
 from largebatch.optim.plan import PLAIN_OBJECTS
+from largebatch.optim.state import fill_state, new_states
 from support.backends import threads, using
 
 NUM_TENSORS = 2500
@@ -317,3 +318,67 @@ def test_gradients_of_a_subclass(three_threads):
         found, _ = trained(kernels, largebatch.LARS, change=as_subclass)
         wanted, _ = trained(kernels, largebatch.LARS)
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+# --- state ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer_class", [largebatch.LARS, largebatch.LAMB])
+@pytest.mark.parametrize("state_dtype", ["fp32", "bf16"])
+def test_state_made_for_many_is_that_made_for_each(optimizer_class, state_dtype):
+    class Own(torch.nn.Parameter):
+        pass
+
+    image = torch.randn(4, 3, 5, 5)
+    tensors = [
+        torch.nn.Parameter(torch.ones(())),
+        torch.nn.Parameter(torch.ones(0)),
+        torch.nn.Parameter(torch.ones(3, 0, 2)),
+        torch.nn.Parameter(image.clone()),
+        torch.nn.Parameter(image.contiguous(memory_format=torch.channels_last)),
+        torch.nn.Parameter(image.permute(3, 0, 2, 1)),
+        torch.nn.Parameter(image[:, 1, ::2]),
+        torch.nn.Parameter(torch.ones(7, dtype=torch.float16)),
+        torch.nn.Parameter(torch.ones(7, dtype=torch.float64)),
+        torch.ones(5, device="meta"),
+        Own(torch.ones(2, 2)),
+    ]
+    optimizer = optimizer_class([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    rule = optimizer.make_rule(optimizer._group_options(optimizer.param_groups[0]))
+    found = new_states(tensors, rule, state_dtype)
+    assert len(found) == len(tensors)
+    for tensor, state in zip(tensors, found, strict=True):
+        wanted: dict[str, torch.Tensor] = {}
+        fill_state(wanted, tensor, rule, state_dtype)
+        assert list(state) == list(wanted)
+        for name, value in wanted.items():
+            mine = state[name]
+            assert type(mine) is type(value)
+            assert (mine.dtype, mine.device, mine.shape, mine.stride()) == (
+                value.dtype,
+                value.device,
+                value.shape,
+                value.stride(),
+            )
+            assert mine.is_meta or torch.equal(mine, value)
+            # one of its own: who saves one tensor does not save the others with it
+            assert mine.untyped_storage().nbytes() == value.untyped_storage().nbytes()
+    addresses = [s.data_ptr() for state in found for s in state.values() if s.numel() and not s.is_meta]
+    assert len(set(addresses)) == len(addresses)
+
+
+def test_only_tensors_without_state_are_given_one():
+    parameters = [torch.nn.Parameter(torch.ones(3)) for _ in range(3)]
+    optimizer = largebatch.LAMB(parameters, lr=0.1)
+    for p in parameters[:2]:
+        p.grad = torch.ones(3)
+    optimizer.step()
+    kept = {i: dict(optimizer.state[parameters[i]]) for i in range(2)}
+    assert parameters[2] not in optimizer.state
+    for p in parameters:
+        p.grad = torch.ones(3)
+    optimizer.step()
+    for i, state in kept.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert optimizer.state[parameters[i]][name] is state[name]
+    assert [float(optimizer.state[p]["step"]) for p in parameters] == [2.0, 2.0, 1.0]

@@ -44,7 +44,10 @@ struct Layer {
 
 // Elements ahead of itself for which a pass in vectors asks memory. With the layers of ResNet-50 on two cores of an Intel Xeon all
 // from 512 to 2048 are alike; of an AMD EPYC (Zen 5) all from 384 to 1536, but for less than 1024 in the second pass of LARS.
-constexpr int64_t first_ahead = 512, second_ahead = 1024;
+// Layers shorter than a chunk decide the rest: there LAMB, which has more arrays, is slower from 768 on, LARS below 640, and
+// the second pass of LARS beyond 768.
+constexpr int64_t first_ahead_of_lamb = 512, first_ahead_of_lars = 768;
+constexpr int64_t second_ahead = 1024, second_ahead_if_short = 640;
 
 // Addresses that the thread comes to when a pass is through, of fp32 elements: the first pass asks for memory upwards from
 // there, the second one downwards, where each would otherwise ask for what lies beyond its own end.

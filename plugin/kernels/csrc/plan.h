@@ -162,7 +162,7 @@ class Plan {
           }
           if (!is_good) continue;
           std::optional<Upcoming> upcoming;
-          if (is_short(*c)) upcoming = c + 1 != done.rend() ? end_of(c[1]) : at(comes_next, second_ahead);
+          if (is_short(*c)) upcoming = c + 1 != done.rend() ? end_of(c[1]) : at(comes_next, second_ahead_if_short);
           second(*c, layer, kept(*c, own), upcoming);
         }
         done.clear();
@@ -271,7 +271,8 @@ class Plan {
   Upcoming after_first(int c, int end_of_range) const {
     if (c + 1 < end_of_range) return at(c + 1, 0);
     const auto [begin, end] = elements(c, layers_[chunks_[c].layer]);
-    return at(c, std::max(int64_t{0}, end - begin - first_ahead));
+    const int64_t ahead = rule_.algorithm >= Algorithm::lamb ? first_ahead_of_lamb : first_ahead_of_lars;
+    return at(c, std::max(int64_t{0}, end - begin - ahead));
   }
 
   Upcoming end_of(int c) const {
