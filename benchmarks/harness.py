@@ -6,6 +6,7 @@ import datetime
 import gc
 import importlib.metadata
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -32,11 +33,17 @@ class Timing:
 def interleaved(
     contestants: dict[str, Callable[[], object]], *, num_rounds: int, num_warm_up: int = 3, device: str = "cpu"
 ) -> dict[str, Timing]:
-    """Calls every contestant once a round. On CUDA the device is idle at the start and at the end of each timing."""
+    """Calls every contestant once a round, in another order each time: what ran before decides what the caches hold.
+
+    On CUDA the device is idle at the start and at the end of each timing.
+    """
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     timings = {name: Timing() for name in contestants}
+    shuffle, order = random.Random(0).shuffle, list(contestants)
     for round_number in range(num_warm_up + num_rounds):
-        for name, call in contestants.items():
+        shuffle(order)
+        for name in order:
+            call = contestants[name]
             wait()
             start = time.perf_counter()
             call()

@@ -11,22 +11,41 @@
 
 #include <cstdint>
 #include <exception>
+#include <fstream>
+#include <string>
 
 namespace largebatch {
 
-// What sysconf says of a cache, or the given size where it does not know.
-inline int64_t cache_bytes(int name, int64_t otherwise) {
-  const long found = sysconf(name);
+// Bytes of a cache of the first processor, as Linux says; else what sysconf says, which may be the sum over all processors of
+// a socket; else the given size.
+inline int64_t cache_bytes(int level, int sysconf_name, int64_t otherwise) {
+  // the first of the folders are those of the first level's two caches
+  std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(level) + "/size");
+  int64_t number = 0;
+  char unit = 0;
+  if (file >> number >> unit && number > 0) {
+    if (unit == 'K') return number << 10;
+    if (unit == 'M') return number << 20;
+  }
+  const long found = sysconf_name < 0 ? -1 : sysconf(sysconf_name);
   return found > 0 ? static_cast<int64_t>(found) : otherwise;
 }
 
 #ifdef _SC_LEVEL2_CACHE_SIZE
-inline int64_t second_level_cache_bytes() { return cache_bytes(_SC_LEVEL2_CACHE_SIZE, int64_t{1} << 20); }
-inline int64_t third_level_cache_bytes() { return cache_bytes(_SC_LEVEL3_CACHE_SIZE, int64_t{8} << 20); }
+constexpr int second_level_name = _SC_LEVEL2_CACHE_SIZE, third_level_name = _SC_LEVEL3_CACHE_SIZE;
 #else
-inline int64_t second_level_cache_bytes() { return int64_t{1} << 20; }
-inline int64_t third_level_cache_bytes() { return int64_t{8} << 20; }
+constexpr int second_level_name = -1, third_level_name = -1;
 #endif
+
+inline int64_t second_level_cache_bytes() {
+  static const int64_t bytes = cache_bytes(2, second_level_name, int64_t{1} << 20);
+  return bytes;
+}
+
+inline int64_t third_level_cache_bytes() {
+  static const int64_t bytes = cache_bytes(3, third_level_name, int64_t{8} << 20);
+  return bytes;
+}
 
 // Calls work(thread, num_threads) on each thread of a team. Work that may throw must not wait for the others.
 template <class Work>
