@@ -19,7 +19,7 @@ from largebatch.rules.lars import LARS2017, LARS2019
 from largebatch.rules.rule import Rule
 
 ALGORITHMS: dict[type, int] = {LARS2017: 0, LARS2019: 1, LAMB: 2, NLAMB: 3, NNLAMB: 4}
-"""Number of each rule in the compiled kernels (csrc/passes.h, triton_kernels.py)."""
+"""Number of each rule in the compiled kernels (csrc/passes.h, triton_rules.py)."""
 
 
 class Span(NamedTuple):

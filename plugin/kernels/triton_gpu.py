@@ -36,7 +36,7 @@ DTYPES = {
 
 
 def option_table(rule: Rule) -> list[float]:
-    """A rule's numbers in the order of the constants in triton_kernels."""
+    """A rule's numbers in the order of the constants in triton_rules."""
     beta1, beta2 = getattr(rule, "betas", (0.0, 0.0))
     low, high = rule.weight_norm_bounds or (0.0, 0.0)
     ratio_low, ratio_high = rule.trust_ratio_bounds or (0.0, 0.0)
