@@ -43,7 +43,10 @@ class Plan {
         rule_(rule_of(rule)) {
     for (size_t row = 0; row < weight_decays.size(); ++row)
       treatments_.push_back({weight_decays[row], decoupled_weight_decays[row], seeds[row], are_adapted[row]});
-    for (const auto& [tensor, start, numel, row, layer_start] : spans) {
+    // short layers side by side, so that a thread has many of them in a row and asks for each in time
+    std::vector<std::array<int64_t, 5>> ordered = spans;
+    std::stable_partition(ordered.begin(), ordered.end(), [](const auto& span) { return span[2] >= chunk_numel; });
+    for (const auto& [tensor, start, numel, row, layer_start] : ordered) {
       Layer layer{};
       layer.numel = numel;
       layer.layer_start = layer_start;
