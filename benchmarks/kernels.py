@@ -139,6 +139,26 @@ def ours(device: str) -> dict[str, Callable]:
     }
 
 
+def flat_partitions(shapes: list[Shape], device: str) -> dict[str, Callable]:
+    """name -> a step of ours under an engine, see :func:`flattened`."""
+    return {
+        "LAMB, flat partition": flattened(largebatch.LAMB, shapes, device, lr=1e-4, weight_decay=0.01).step,
+        "LARS, flat partition": flattened(largebatch.LARS, shapes, device, lr=1e-4, weight_decay=1e-4).step,
+    }
+
+
+MANY, ONE = "10,000 tiny tensors", "one tensor of the same size"
+
+
+def tiny_against_one(device: str) -> dict[str, dict[str, Callable]]:
+    """name -> {MANY, ONE: a step of it on as many elements}"""
+    sizes = {MANY: SHAPES["tiny"](), ONE: [(numel(SHAPES["tiny"]()),)]}
+    return {
+        name: {size: make(parameters(shapes, device), lr=1e-4).step for size, shapes in sizes.items()}
+        for name, make in (("LAMB", largebatch.LAMB), ("LARS", largebatch.LARS))
+    }
+
+
 READS_ADAM, READS_SGD = "(reading what Adam reads, tensor by tensor)", "(reading what SGD reads, tensor by tensor)"
 
 
@@ -169,9 +189,7 @@ def time_shapes(name: str, shapes: list[Shape], device: str, num_rounds: int) ->
     shared = parameters(shapes, device) if is_large else None
     steps = {n: make(shared or parameters(shapes, device)).step for n, make in contestants.items()}
     if not is_large:
-        steps["LAMB, flat partition"] = flattened(largebatch.LAMB, shapes, device, lr=1e-4, weight_decay=0.01).step
-        steps["LARS, flat partition"] = flattened(largebatch.LARS, shapes, device, lr=1e-4, weight_decay=1e-4).step
-        steps |= plain_reading(shapes, device)
+        steps |= flat_partitions(shapes, device) | plain_reading(shapes, device)
     before = copy_bandwidth(device)
     timings = interleaved(steps, num_rounds=num_rounds, device=device)
     after = copy_bandwidth(device)
@@ -224,16 +242,12 @@ def time_growth(device: str, num_rounds: int, largest: float) -> list[str]:
         timing = interleaved({"step": step}, num_rounds=200, num_warm_up=20, device=device)["step"]
         overheads[name] = f"{name} {timing.median * 1e6:.0f} us"
     lines += ["", f"A whole step of 161 tensors of 16 elements (host overhead): {', '.join(overheads.values())}.", ""]
-    one = numel(SHAPES["tiny"]())
-    many = parameters(SHAPES["tiny"](), device)
-    single = parameters([(one,)], device)
-    for name, make in (("LAMB", largebatch.LAMB), ("LARS", largebatch.LARS)):
-        steps = {"many": make(many, lr=1e-4).step, "one": make(single, lr=1e-4).step}
+    for name, steps in tiny_against_one(device).items():
         timings = interleaved(steps, num_rounds=num_rounds, device=device)
-        ratio = timings["many"].median / timings["one"].median
+        ratio = timings[MANY].median / timings[ONE].median
         lines.append(
-            f"- {name}, 10,000 tiny tensors: {timings['many'].median * 1e3:.2f} ms; one tensor of the same {one:,} "
-            f"elements: {timings['one'].median * 1e3:.2f} ms; ratio {ratio:.2f}"
+            f"- {name}, {MANY}: {timings[MANY].median * 1e3:.2f} ms; {ONE}: {timings[ONE].median * 1e3:.2f} ms; "
+            f"ratio {ratio:.2f}"
         )
     return [*lines, ""]
 
@@ -273,7 +287,7 @@ def have_tests_passed(device: str) -> bool:
 def command() -> str:
     """How to call this again; where the report went does not matter."""
     arguments = [a for i, a in enumerate(sys.argv[1:], 1) if a != "--report" and sys.argv[i - 1] != "--report"]
-    return " ".join(["python", "benchmarks/kernels.py", *arguments])
+    return " ".join(["python", f"benchmarks/{pathlib.Path(sys.argv[0]).name}", *arguments])
 
 
 def main() -> int:

@@ -28,7 +28,7 @@ def rule_options(rule: Rule) -> dict[str, Any]:
 
 
 class CppKernels:
-    """See :class:`largebatch.kernels.interface.FusedKernels`."""
+    """See :class:`largebatch.kernels.interface.CompiledKernels`."""
 
     name = "cpp"
     is_fused = True

@@ -223,7 +223,7 @@ def test_they_are_those_of_the_weights(plan_of):
         grads[NUM_TENSORS]
 
 
-@pytest.mark.parametrize("position", [0, 833, 834, NUM_TENSORS - 1])
+@pytest.mark.parametrize("position", [0, 833, 834, NUM_TENSORS - 2])
 def test_one_that_lacks_is_noticed(plan_of, position):
     parameters, optimizer = trained("cpp", largebatch.LARS)
     plan, call = plan_of(optimizer)
@@ -237,7 +237,7 @@ def test_one_that_lacks_is_noticed(plan_of, position):
     give_gradients(parameters, seed=8)
     assert not plan.renew(optimizer.state)
     optimizer.step()
-    assert parameters[position].numel() == 0 or not torch.equal(parameters[position], before)
+    assert not torch.equal(parameters[position], before)
 
 
 def test_they_are_not_kept_alive(plan_of):

@@ -19,11 +19,14 @@ namespace largebatch {
 // Bytes of a cache of the first processor, as Linux says; else what sysconf says, which may be the sum over all processors of
 // a socket; else the given size.
 inline int64_t cache_bytes(int level, int sysconf_name, int64_t otherwise) {
-  // the first of the folders are those of the first level's two caches
-  std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(level) + "/size");
-  int64_t number = 0;
-  char unit = 0;
-  if (file >> number >> unit && number > 0) {
+  for (int index = 0;; ++index) {
+    const std::string folder = "/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index);
+    std::ifstream level_file(folder + "/level"), size_file(folder + "/size");
+    int its_level = 0;
+    int64_t number = 0;
+    char unit = 0;
+    if (!(level_file >> its_level)) break;
+    if (its_level != level || !(size_file >> number >> unit) || number <= 0) continue;
     if (unit == 'K') return number << 10;
     if (unit == 'M') return number << 20;
   }
