@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -26,12 +25,6 @@ class LayerStats(NamedTuple):
     figures: Tensor
 
     FIGURES = ("weight_norm", "direction_norm", "trust_ratio", "local_lr", "weight_decay")
-
-    def where(self, is_applied: Tensor, previous: LayerStats | None) -> LayerStats:
-        """These figures for layers that were stepped, else the previous ones; decided on the device."""
-        if previous is None or (is_applied.device.type == "cpu" and is_applied.all()):
-            return self
-        return LayerStats(self.names, torch.where(is_applied, self.figures, previous.figures))
 
     def as_dict(self) -> dict[str, dict[str, float]]:
         """{layer name: {figure: value}} as Python floats. Waits for the device."""

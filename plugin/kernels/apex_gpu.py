@@ -1,18 +1,19 @@
 """LAMB by NVIDIA apex's multi-tensor kernels, where they compute the same thing; for comparison and for machines without Triton.
 
 What differs from the other backends, and cannot be helped from outside: apex leaves the update in the gradients, takes
-norms in fp32, and does not look for NaN. So the gradients are looked at first, which costs a wait for the device, and a
-NaN anywhere drops the whole step.
+norms in fp32, does not look for NaN, and wants the number of the step from the host. So the gradients are looked at first, and
+step counts and scale are read with what was found: one wait for the device a step. A NaN anywhere drops the whole step.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from largebatch.kernels.interface import LayerFigures, Segments
+from largebatch.kernels.interface import LayerFigures, Segments, uploaded
 from largebatch.kernels.reference import ReferenceKernels
 from largebatch.rules.lamb import LAMB
 
@@ -71,27 +72,28 @@ class ApexKernels(ReferenceKernels):
         check_suits(segments)
         device, num_layers = segments.device, segments.num_layers
         rows = [span.row for span in segments.spans]
+        places = uploaded(rows, torch.int64, device)
         figures = torch.zeros(4, num_layers, dtype=torch.float64, device=device)
         figures[2] = 1.0
-        figures[3] = torch.tensor(segments.weight_decays, dtype=torch.float64, device=device)
+        figures[3] = uploaded(segments.weight_decays, torch.float64, device)
         weights = [segments.weights[span.tensor].detach() for span in segments.spans]
         grads = [segments.grads[span.tensor] for span in segments.spans]
-        scale = 1.0 if grad_scale is None else float(grad_scale)
         if weights:
-            grad_norms = self.norms(grads)
-            is_good = bool(torch.isfinite(grad_norms).all()) and scale == scale
-            if not is_good:
+            are_finite = torch.isfinite(self.norms(grads)).all()
+            one = torch.ones((), device=device)
+            is_finite, scale, *steps = self.read(are_finite, one if grad_scale is None else grad_scale, *segments.steps)
+            if not is_finite or math.isnan(scale):
                 nothing = torch.zeros(num_layers, dtype=torch.bool, device=device)
                 return LayerFigures.of(*figures[:2], figures[2].float(), figures[3], nothing, lr=segments.lr)
             if scale > 1.0:  # apex's clip only makes gradients smaller
                 torch._foreach_mul_(grads, scale)
                 scale = 1.0
-            figures[0, rows] = self.norms(weights).double()
+            figures[0].index_copy_(0, places, self.norms(weights).double())
             for key in dict.fromkeys((segments.weight_decays[r], segments.are_adapted[r]) for r in rows):
                 mine = [i for i, r in enumerate(rows) if (segments.weight_decays[r], segments.are_adapted[r]) == key]
-                self.launch(segments, [segments.spans[i].tensor for i in mine], *key, scale)
-            figures[1, rows] = self.norms(grads).double()  # where apex has left the updates
-            adapted = torch.tensor(segments.are_adapted, device=device) & (figures[0] > 0) & (figures[1] > 0)
+                self.launch(segments, [segments.spans[i].tensor for i in mine], *key, scale, steps)
+            figures[1].index_copy_(0, places, self.norms(grads).double())  # where apex has left the updates
+            adapted = uploaded(segments.are_adapted, torch.bool, device) & (figures[0] > 0) & (figures[1] > 0)
             figures[2] = torch.where(adapted, (figures[0].float() / figures[1].float()).double(), 1.0)
         everything = torch.ones(num_layers, dtype=torch.bool, device=device)
         return LayerFigures.of(*figures[:2], figures[2].float(), figures[3], everything, lr=segments.lr)
@@ -101,11 +103,27 @@ class ApexKernels(ReferenceKernels):
         no_overflow = torch.zeros(1, dtype=torch.int32, device=tensors[0].device)
         return self.applier(self.functors.multi_tensor_l2norm, no_overflow, [tensors], True)[1]
 
-    def launch(self, segments: Segments, tensors: list[int], decay: float, is_adapted: bool, scale: float) -> None:
-        """One call of apex's kernel for tensors that share decay and adaptation."""
+    def read(self, *tensors: Tensor) -> list[float]:
+        """The values of 0-dim tensors, all with one wait for the device."""
+        return torch.stack([tensor.double() for tensor in tensors]).tolist()
+
+    def launch(
+        self,
+        segments: Segments,
+        tensors: list[int],
+        decay: float,
+        is_adapted: bool,
+        scale: float,
+        steps: list[float],
+    ) -> None:
+        """A call of apex's kernel for tensors that share decay and adaptation, one for each number of the step.
+
+        Args:
+            steps: [number of tensors in the segments] that each has taken.
+        """
         rule, device = segments.rule, segments.device
-        for number in dict.fromkeys(int(segments.steps[i]) + 1 for i in tensors):
-            mine = [i for i in tensors if int(segments.steps[i]) + 1 == number]
+        for number in dict.fromkeys(int(steps[i]) + 1 for i in tensors):
+            mine = [i for i in tensors if int(steps[i]) + 1 == number]
             self.applier(
                 self.functors.multi_tensor_lamb,
                 torch.zeros(1, dtype=torch.int32, device=device),

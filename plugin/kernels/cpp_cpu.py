@@ -49,8 +49,8 @@ class CppKernels:
         segments.prepared["cpp is looked up"] = True
         return True
 
-    def square_sums(self, tensors: list[Tensor]) -> Tensor:
-        return self.module.square_sums([t.detach() for t in tensors])
+    def grad_square_sum(self, segments: Segments) -> Tensor:
+        return self.module.square_sums([grad.detach() for grad in segments.grads]).sum()
 
     def count_(self, segments: Segments) -> None:
         plan_of(self.module, segments).count()
@@ -114,10 +114,11 @@ class FlatPlan:
 
 
 def plan_of(module: Any, segments: Segments) -> Any:
-    """The compiled plan of these segments, made at the first call."""
-    plan = segments.prepared.get("cpp")
-    if plan is None:
-        plan = segments.prepared["cpp"] = made(module, segments, segments.weights, segments.states)
+    """The compiled plan of these segments, made at the first call and whenever their options have changed."""
+    plan, num_changes = segments.prepared.get("cpp", (None, 0))
+    if plan is None or num_changes != segments.num_changes:
+        plan = made(module, segments, segments.weights, segments.states)
+        segments.prepared["cpp"] = plan, segments.num_changes
     return plan
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
+
+import torch
 
 from largebatch.kernels.interface import Kernels
 from largebatch.kernels.reference import ReferenceKernels
@@ -13,6 +16,9 @@ logger = logging.getLogger("largebatch")
 
 CHOICES = ("auto", "reference", "cpp", "triton", "apex")
 """Legal values of the optimizers' ``kernels`` argument."""
+
+OLDEST_TRITON = (3, 2)
+"""Triton that compiles the kernels; tests/kernels/test_launch_path.py compiles them with what is installed and an older one."""
 
 
 class UnavailableKernelsError(RuntimeError):
@@ -73,11 +79,29 @@ def triton(device_type: str) -> Kernels:
     if device_type != "cuda" and not (is_interpreted and device_type == "cpu"):
         raise UnavailableKernelsError(f"kernels 'triton' work on cuda tensors, not on {device_type} ones; use 'auto'")
     try:
-        from largebatch.kernels.triton_gpu import TritonKernels
+        import triton
     except ImportError as error:
         raise UnavailableKernelsError(
             f"kernels 'triton' need triton, which does not import here ({error}). Install it (it comes with torch for "
             "CUDA on Linux), or use 'auto' or 'reference'"
+        ) from error
+    version = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2])
+    if version < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        raise UnavailableKernelsError(
+            f"kernels 'triton' need triton {oldest} or newer, and here is {triton.__version__}: it does not compile them. "
+            "Install a newer torch, which brings a newer triton, or use 'auto' or 'reference'"
+        )
+    from largebatch.kernels.triton_gpu import TritonKernels, probe
+
+    try:
+        probe(torch.device(device_type))
+    except Exception as error:  # whatever compilers, drivers and caches raise
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        raise UnavailableKernelsError(
+            f"kernels 'triton' cannot be compiled or launched here ({type(error).__name__}: {first_line}). Triton needs a C "
+            "compiler and Python's headers at first use (Debian and Ubuntu: apt-get install gcc python3-dev) and a folder to "
+            "write to (TRITON_CACHE_DIR); or use 'auto' or 'reference'"
         ) from error
     return TritonKernels()
 

@@ -22,6 +22,35 @@ ALGORITHMS: dict[type, int] = {LARS2017: 0, LARS2019: 1, LAMB: 2, NLAMB: 3, NNLA
 """Number of each rule in the compiled kernels (csrc/passes.h, triton_rules.py)."""
 
 
+def on_host(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The values in the host's memory, such that they can be copied to the device without waiting for it.
+
+    For CUDA the memory is pinned and new at every call. torch's allocator gives it to nobody else until the device has copied
+    it; a buffer that is used again could be overwritten while a copy still waits for its turn.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured; each replay would read the memory again.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"this step cannot be captured in a CUDA graph: a table on {device} has to be renewed, because it is the first step "
+            "with these tensors, or one of them lies elsewhere than in the last step, or an option has changed. Take a step "
+            "before the capture, and let every gradient stay where it is (zero_grad(set_to_none=False))"
+        )
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor.pin_memory() if device.type == "cuda" and tensor.numel() else tensor
+
+
+def uploaded(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor with these (nested) numbers on the device, without waiting for it."""
+    return on_host(values, dtype, device).to(device, non_blocking=True)
+
+
+def upload_(target: Tensor, values: Sequence[Any]) -> None:
+    """Writes as many (nested) numbers into a tensor on its device, without waiting for that."""
+    target.copy_(on_host(values, target.dtype, target.device).reshape(target.shape), non_blocking=True)
+
+
 class Span(NamedTuple):
     """A segment: the part of a layer that lies in a tensor.
 
@@ -70,6 +99,11 @@ class Segments:
     """[num_layers] False where the trust ratio is 1 whatever the norms."""
     may_overwrite_grads: bool = False
     """Whether ``accumulate_`` may leave what it likes in the gradients, for ``advance_`` to find it there."""
+    num_changes: int = 0
+    """How often the rule's options, the decays or who is adapted have changed: what is derived from them is out of date then."""
+    stats: Tensor | None = None
+    """[len(LayerStats.FIGURES), num_layers] fp64 on the device, of the last step in which each layer moved; None before the
+    first. Where a step may be captured in a CUDA graph, written in place."""
     prepared: dict[str, Any] = field(default_factory=dict)
     """What a backend has derived from the above and wants to find again in the next step."""
 
@@ -99,7 +133,8 @@ class LayerFigures(NamedTuple):
     """What a step found of its layers and did with them, on the segments' device.
 
     Attributes:
-        stats: [len(LayerStats.FIGURES), num_layers] fp64, the rows of largebatch.telemetry.LayerStats.
+        stats: [len(LayerStats.FIGURES), num_layers] fp64, the rows of largebatch.telemetry.LayerStats; or the segments' own
+            ``stats``, if the backend has written there itself.
         is_finite: [num_layers] bool; where False the layer's weights were left alone.
         have_all_moved: that is_finite is True everywhere; None where it is not known without waiting for the device.
     """
@@ -144,14 +179,11 @@ class Kernels(Protocol):
         """
         ...
 
-    def square_sums(self, tensors: list[Tensor]) -> Tensor:
-        """Sum of the squares of each tensor.
-
-        Args:
-            tensors: any float dtype and strides, read.
+    def grad_square_sum(self, segments: Segments) -> Tensor:
+        """Sum of the squares of all gradients, read as they are.
 
         Returns:
-            [len(tensors)] fp64, accumulated in fp64, on the device of the tensors.
+            0-dim fp64, accumulated in fp64, on the segments' device.
         """
         ...
 

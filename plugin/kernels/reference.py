@@ -35,8 +35,8 @@ class ReferenceKernels:
     def is_current(self, segments: Segments) -> bool:
         return segments.have_same_layout()
 
-    def square_sums(self, tensors: list[Tensor]) -> Tensor:
-        return torch.stack([square_sum(tensor) for tensor in tensors])
+    def grad_square_sum(self, segments: Segments) -> Tensor:
+        return torch.stack([square_sum(grad) for grad in segments.grads]).sum()
 
     def accumulate_(self, segments: Segments, *, grad_scale: Tensor | None) -> Tensor:
         rule, dtype = segments.rule, segments.dtype

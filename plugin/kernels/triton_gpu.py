@@ -1,31 +1,37 @@
 """The kernels for CUDA tensors in Triton: three launches a step, whatever the number of layers, and no wait for the device.
 
 The kernels themselves are in triton_kernels; here are the tables in which they look things up, and their launches.
-Learning rate, step counts, gradient scale and what is not finite stay on the device; a step can be captured in a CUDA graph
-once two steps have been taken with the same tensors.
+Learning rate, step counts, gradient scale and what is not finite stay on the device. A step can be captured in a CUDA graph
+once it has been taken with the same tensors: whatever it reads then stays where it is. Options that change later are written
+there, so that replays follow them.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from largebatch.kernels.interface import ALGORITHMS, LayerFigures, Segments
+from largebatch.kernels.interface import ALGORITHMS, LayerFigures, Segments, upload_, uploaded
 from largebatch.kernels.triton_kernels import (
     BLOCK_NUMEL,
     CHUNK_NUMEL,
     ROW_BLOCK,
     first_kernel,
     layer_kernel,
+    probe_kernel,
     second_kernel,
     square_kernel,
 )
 from largebatch.rules.rule import Rule
+from largebatch.telemetry import LayerStats
+
+logger = logging.getLogger("largebatch")
 
 DTYPES = {
     torch.float64: tl.float64,
@@ -55,6 +61,12 @@ def option_table(rule: Rule) -> list[float]:
     ]
 
 
+def row_table(segments: Segments) -> list[list[float]]:
+    """[4, num_layers]: what the kernels know of each layer, see layer_kernel."""
+    rows = (segments.weight_decays, segments.seeds, segments.decoupled_weight_decays, segments.are_adapted)
+    return [[float(x) for x in row] for row in rows]
+
+
 def cut_into_chunks(numels: list[int]) -> tuple[list[int], list[int]]:
     """(owner, first element) of each chunk."""
     owners, starts = [], []
@@ -65,33 +77,78 @@ def cut_into_chunks(numels: list[int]) -> tuple[list[int], list[int]]:
     return owners, starts
 
 
-def lies_flat(tensor: Tensor, like: Tensor | None = None) -> bool:
-    """Whether a tensor is dense in memory, and laid out like another."""
-    is_dense = tensor.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(tensor)
-    return is_dense and (like is None or tensor.stride() == like.stride())
+def are_laid_out_alike(a: Tensor, b: Tensor) -> bool:
+    """Whether equal indices lie at equal offsets. The stride of a dimension of size 1 says nothing about that."""
+    if a.stride() == b.stride():
+        return True
+    return all(size == 1 or x == y for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True))
+
+
+def is_dense(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(tensor)
+
+
+def is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def launch(kernel: Any, num_programs: int, device: torch.device, **arguments: Any) -> None:
+    """Launches a kernel on the device where its tensors are, which need not be the current one."""
+    if num_programs == 0:
+        return
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            kernel[(num_programs,)](**arguments)
+    else:  # in Triton's interpreter
+        kernel[(num_programs,)](**arguments)
+
+
+def probe(device: torch.device) -> None:
+    """Compiles and launches a kernel of one store. Raises whatever Triton raises where it cannot."""
+    launch(probe_kernel, 1, device, x=torch.zeros((), device=device))
 
 
 @dataclass
 class Tables:
-    """What the programs of a call look up, on the device."""
+    """What the programs of a call look up, on the device. Made at its first step; afterwards written in place."""
 
     chunks: Tensor
+    """[2, num_chunks] int64: span, first element in it."""
     spans: Tensor
+    """[4, num_spans] int64: elements, row, where it begins in its layer, tensor."""
     row_chunks: Tensor
+    """[2, num_layers] int64: first chunk, end."""
     rows: Tensor
-    options: Tensor
-    steps: Tensor
-    sums: Tensor
-    one: Tensor
+    """[4, num_layers] fp64, see row_table."""
+    rule_options: Tensor
+    """See option_table."""
     addresses: Tensor
-    host_addresses: Tensor
-    known: list[int]
-    """Addresses that the device has."""
+    """[4 * num_spans + num_tensors] int64: of weights, gradients and both states; then of the step counts."""
+    sums: Tensor
+    """[2, num_chunks] fp64, written by the first pass."""
+    decisions: Tensor
+    """[3, num_layers] fp64, written by the layers' kernel."""
+    moved: Tensor
+    """[num_layers] bool, likewise."""
     lr: Tensor
+    """0-dim fp64."""
+    one: Tensor
+    """0-dim fp64: the gradient scale where there is none."""
+    num_changes: int
+    """Of the segments' options, that the tables know of."""
+    known: list[int] = field(default_factory=list)
+    """The addresses that the device has."""
+    copies: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    """(column, tensor) -> where an irregular tensor is copied in each step."""
+    warns_of_fixed_lr: bool = True
 
     @property
     def num_chunks(self) -> int:
         return self.chunks.shape[1]
+
+    @property
+    def num_spans(self) -> int:
+        return self.spans.shape[1]
 
 
 class TritonKernels:
@@ -108,39 +165,32 @@ class TritonKernels:
         if segments.steps:
             torch._foreach_add_(segments.steps, 1.0)
 
-    def square_sums(self, tensors: list[Tensor]) -> Tensor:
-        sums = torch.zeros(len(tensors), dtype=torch.float64, device=tensors[0].device)
-        for dtype in dict.fromkeys(t.dtype for t in tensors):
-            places = [i for i, t in enumerate(tensors) if t.dtype == dtype and t.numel()]
-            flat = [tensors[i] if lies_flat(tensors[i]) else tensors[i].contiguous() for i in places]
-            if not flat:
-                continue
-            owners, starts = cut_into_chunks([t.numel() for t in flat])
-            device = sums.device
-            chunks = uploaded([owners, starts], device)
-            parts = torch.empty(len(owners), dtype=torch.float64, device=device)
-            numels = uploaded([t.numel() for t in flat], device)
-            addresses = uploaded([t.data_ptr() for t in flat], device)
-            square_kernel[(len(owners),)](
-                chunks, len(owners), numels, addresses, parts, D=DTYPES[dtype], CHUNK=CHUNK_NUMEL, BLOCK=BLOCK_NUMEL
+    def grad_square_sum(self, segments: Segments) -> Tensor:
+        with FlatTensors(segments, self.tables(segments)) as flat:
+            tables = flat.tables
+            sums = torch.empty(tables.num_chunks, dtype=torch.float64, device=segments.device)
+            launch(
+                square_kernel,
+                tables.num_chunks,
+                segments.device,
+                chunks=tables.chunks,
+                num_chunks=tables.num_chunks,
+                spans=tables.spans,
+                num_spans=tables.num_spans,
+                addresses=tables.addresses,
+                sums=sums,
+                G=DTYPES[flat.grads[0].dtype],
+                CHUNK=CHUNK_NUMEL,
+                BLOCK=BLOCK_NUMEL,
             )
-            # a fixed order: one row a tensor, its chunks padded with zeros
-            counts = [-(-t.numel() // CHUNK_NUMEL) for t in flat]
-            lengths = uploaded(counts, device)
-            ends = lengths.cumsum(0)
-            index = torch.arange(max(counts), device=device)[None, :]
-            inside = index < lengths[:, None]
-            grid = torch.where(inside, (ends - lengths)[:, None] + index, 0)
-            sums[uploaded(places, device)] = torch.where(inside, parts[grid], 0.0).sum(1)
-        return sums
+            return sums.sum()
 
     def accumulate_(self, segments: Segments, *, grad_scale: Tensor | None) -> Tensor:
-        with FlatTensors(segments) as flat:
-            tables = self.tables(segments, flat)
-            self.first(segments, flat, tables, grad_scale)
-            sums = torch.zeros(5, segments.num_layers, dtype=torch.float64, device=segments.device)
-            self.reduce(segments, tables, sums, None, decides=False)
-        return sums[:2].t().contiguous()
+        with FlatTensors(segments, self.tables(segments)) as flat:
+            self.first(segments, flat, grad_scale)
+        sums = torch.empty(segments.num_layers, 2, dtype=torch.float64, device=segments.device)
+        self.reduce(segments, flat.tables, sums, decides=False)
+        return sums
 
     def advance_(
         self,
@@ -152,39 +202,35 @@ class TritonKernels:
         shrinkage: Tensor | None,
         is_finite: Tensor,
     ) -> None:
-        with FlatTensors(segments) as flat:
-            tables = self.tables(segments, flat)
-            shrinkage = torch.ones_like(weight_decays) if shrinkage is None else shrinkage
-            decisions = torch.stack([ratios.double(), weight_decays, shrinkage])
-            self.second(segments, flat, tables, grad_scale, decisions, is_finite.to(torch.int8))
+        shrinkage = torch.ones_like(weight_decays) if shrinkage is None else shrinkage
+        decisions = torch.stack([ratios.double(), weight_decays, shrinkage])
+        with FlatTensors(segments, self.tables(segments)) as flat:
+            self.second(segments, flat, grad_scale, decisions, is_finite)
 
     def step_(self, segments: Segments, *, grad_scale: Tensor | None) -> LayerFigures:
-        figures = torch.empty(5, segments.num_layers, dtype=torch.float64, device=segments.device)
-        moved = torch.empty(segments.num_layers, dtype=torch.int8, device=segments.device)
-        with FlatTensors(segments) as flat:
-            tables = self.tables(segments, flat)
-            self.first(segments, flat, tables, grad_scale)
-            self.reduce(segments, tables, figures, moved, decides=True)
-            self.second(segments, flat, tables, grad_scale, figures[2:], moved)
-        weight_norm, direction_norm, ratio, weight_decay, _ = figures.unbind()
-        ratio = ratio.to(segments.dtype)
-        return LayerFigures.of(weight_norm, direction_norm, ratio, weight_decay, moved.bool(), lr=segments.lr)
+        if segments.stats is None:
+            shape = (len(LayerStats.FIGURES), segments.num_layers)
+            segments.stats = torch.full(shape, torch.nan, dtype=torch.float64, device=segments.device)
+        with FlatTensors(segments, self.tables(segments)) as flat:
+            tables = flat.tables
+            self.first(segments, flat, grad_scale)
+            self.reduce(segments, tables, tables.decisions, decides=True)
+            self.second(segments, flat, grad_scale, tables.decisions, tables.moved)
+        return LayerFigures(segments.stats, tables.moved)
 
     # --- launches -------------------------------------------------------------------------------------------------------
 
-    def common(
-        self, segments: Segments, flat: FlatTensors, tables: Tables, grad_scale: Tensor | None
-    ) -> dict[str, Any]:
+    def common(self, segments: Segments, flat: FlatTensors, grad_scale: Tensor | None) -> dict[str, Any]:
+        tables = flat.tables
         return {
             "chunks": tables.chunks,
             "num_chunks": tables.num_chunks,
             "spans": tables.spans,
-            "num_spans": tables.spans.shape[1],
+            "num_spans": tables.num_spans,
             "addresses": tables.addresses,
-            "steps": tables.steps,
             "rows": tables.rows,
             "num_layers": segments.num_layers,
-            "options": tables.options,
+            "rule_options": tables.rule_options,
             "grad_scale": tables.one if grad_scale is None else grad_scale.double(),
             "ALGORITHM": ALGORITHMS[type(segments.rule)],
             "CORRECTS": {False: 0, True: 1, "lr": 2}[getattr(segments.rule, "bias_correction", True)],
@@ -197,24 +243,31 @@ class TritonKernels:
             "BLOCK": BLOCK_NUMEL,
         }
 
-    def first(self, segments: Segments, flat: FlatTensors, tables: Tables, grad_scale: Tensor | None) -> None:
-        if tables.num_chunks:
-            first_kernel[(tables.num_chunks,)](sums=tables.sums, **self.common(segments, flat, tables, grad_scale))
+    def first(self, segments: Segments, flat: FlatTensors, grad_scale: Tensor | None) -> None:
+        launch(
+            first_kernel,
+            flat.tables.num_chunks,
+            segments.device,
+            sums=flat.tables.sums,
+            **self.common(segments, flat, grad_scale),
+        )
 
-    def reduce(
-        self, segments: Segments, tables: Tables, figures: Tensor, moved: Tensor | None, *, decides: bool
-    ) -> None:
+    def reduce(self, segments: Segments, tables: Tables, decisions: Tensor, *, decides: bool) -> None:
         rule = segments.rule
-        layer_kernel[(segments.num_layers,)](
-            tables.sums,
-            tables.num_chunks,
-            tables.row_chunks,
-            tables.rows,
+        launch(
+            layer_kernel,
             segments.num_layers,
-            tables.options,
-            tables.lr,
-            figures,
-            figures if moved is None else moved,
+            segments.device,
+            sums=tables.sums,
+            num_chunks=tables.num_chunks,
+            row_chunks=tables.row_chunks,
+            rows=tables.rows,
+            num_layers=segments.num_layers,
+            rule_options=tables.rule_options,
+            lr_pointer=tables.lr,
+            decisions=decisions,
+            moved=tables.moved.view(torch.int8),
+            stats=segments.stats if decides else decisions,
             DECIDES=decides,
             ALGORITHM=ALGORITHMS[type(rule)],
             HAS_NORM_BOUNDS=rule.weight_norm_bounds is not None,
@@ -228,109 +281,126 @@ class TritonKernels:
         )
 
     def second(
-        self,
-        segments: Segments,
-        flat: FlatTensors,
-        tables: Tables,
-        grad_scale: Tensor | None,
-        decisions: Tensor,
-        moved: Tensor,
+        self, segments: Segments, flat: FlatTensors, grad_scale: Tensor | None, decisions: Tensor, moved: Tensor
     ) -> None:
-        if tables.num_chunks:
-            second_kernel[(tables.num_chunks,)](
-                lr_pointer=tables.lr,
-                decisions=decisions,
-                moved=moved,
-                IS_NESTEROV=getattr(segments.rule, "nesterov", False),
-                LR_IN_MOMENTUM=getattr(segments.rule, "lr_in_momentum", True),
-                **self.common(segments, flat, tables, grad_scale),
-            )
+        launch(
+            second_kernel,
+            flat.tables.num_chunks,
+            segments.device,
+            lr_pointer=flat.tables.lr,
+            decisions=decisions,
+            moved=moved.view(torch.int8),
+            IS_NESTEROV=getattr(segments.rule, "nesterov", False),
+            LR_IN_MOMENTUM=getattr(segments.rule, "lr_in_momentum", True),
+            **self.common(segments, flat, grad_scale),
+        )
 
     # --- tables ---------------------------------------------------------------------------------------------------------
 
-    def tables(self, segments: Segments, flat: FlatTensors) -> Tables:
-        """The tables of a call: made at its first step, with new addresses and learning rate where these have changed."""
+    def tables(self, segments: Segments) -> Tables:
+        """The tables of a call, with this step's options and learning rate."""
+        device = segments.device
         tables = segments.prepared.get("triton")
         if tables is None:
-            tables = segments.prepared["triton"] = self.made(segments)
-        tensors = [flat.weights, flat.grads, *zip(*flat.states, strict=True)]
-        starts = [(span.tensor, span.start) for span in segments.spans]
-        addresses = [[t.data_ptr() for t in column] for column in tensors]
-        sizes = [column[0].element_size() for column in tensors]
-        known = [c[i] + start * size for c, size in zip(addresses, sizes, strict=True) for i, start in starts]
-        if known != tables.known:
-            tables.known = known
-            tables.host_addresses.view(-1)[: len(known)].copy_(torch.tensor(known, dtype=torch.int64))
-            tables.addresses.copy_(tables.host_addresses, non_blocking=True)
-            if segments.steps:
-                tables.steps.copy_(uploaded([s.data_ptr() for s in segments.steps], segments.device))
-        if isinstance(segments.lr, Tensor):
-            tables.lr.copy_(segments.lr.reshape(()), non_blocking=True)
+            tables = segments.prepared["triton"] = made(segments)
+        if tables.num_changes != segments.num_changes:
+            upload_(tables.rows, row_table(segments))
+            upload_(tables.rule_options, option_table(segments.rule))
+            tables.num_changes = segments.num_changes
+        lr = segments.lr
+        if isinstance(lr, Tensor) and lr.device.type != "cpu":
+            tables.lr.copy_(lr.reshape(()), non_blocking=True)
         else:
-            tables.lr.fill_(segments.lr)
+            tables.lr.fill_(float(lr))
+            if is_capturing(device) and tables.warns_of_fixed_lr:
+                tables.warns_of_fixed_lr = False
+                logger.warning(
+                    "this step is being captured in a CUDA graph with lr=%g, which every replay will use; to change it "
+                    "between replays, make lr a 0-dim tensor on %s and write into that",
+                    lr,
+                    device,
+                )
         return tables
 
-    def made(self, segments: Segments) -> Tables:
-        device = segments.device
-        spans = segments.spans
-        owners, starts = cut_into_chunks([span.numel for span in spans])
-        first_chunks, ends = [0] * segments.num_layers, [0] * segments.num_layers
-        for chunk, owner in enumerate(owners):
-            row = spans[owner].row
-            first_chunks[row] = chunk if ends[row] == 0 else first_chunks[row]
-            ends[row] = chunk + 1
-        columns = [
-            [s.numel for s in spans],
-            [s.row for s in spans],
-            [s.layer_start for s in spans],
-            [s.tensor for s in spans],
-        ]
-        rows = [segments.weight_decays, segments.seeds, segments.decoupled_weight_decays, segments.are_adapted]
-        shape = (4, max(len(spans), 1))
-        return Tables(
-            chunks=uploaded([owners, starts], device).reshape(2, -1),
-            spans=uploaded(columns, device).reshape(4, -1),
-            row_chunks=uploaded([first_chunks, ends], device),
-            rows=torch.tensor([[float(x) for x in row] for row in rows], dtype=torch.float64, device=device),
-            options=torch.tensor(option_table(segments.rule), dtype=torch.float64, device=device),
-            steps=torch.zeros(max(len(segments.steps), 1), dtype=torch.int64, device=device),
-            sums=torch.zeros(2, max(len(owners), 1), dtype=torch.float64, device=device),
-            one=torch.ones((), dtype=torch.float64, device=device),
-            addresses=torch.zeros(shape, dtype=torch.int64, device=device),
-            host_addresses=torch.zeros(shape, dtype=torch.int64, pin_memory=device.type == "cuda"),
-            known=[],
-            lr=torch.zeros((), dtype=torch.float64, device=device),
-        )
 
+def made(segments: Segments) -> Tables:
+    device, spans = segments.device, segments.spans
+    owners, starts = cut_into_chunks([span.numel for span in spans])
+    first_chunks, ends = [0] * segments.num_layers, [0] * segments.num_layers
+    for chunk, owner in enumerate(owners):
+        row = spans[owner].row
+        first_chunks[row] = chunk if ends[row] == 0 else first_chunks[row]
+        ends[row] = chunk + 1
+    columns = [
+        [s.numel for s in spans],
+        [s.row for s in spans],
+        [s.layer_start for s in spans],
+        [s.tensor for s in spans],
+    ]
 
-def uploaded(numbers: list, device: torch.device) -> Tensor:
-    """An int64 tensor on the device, copied without waiting."""
-    tensor = torch.tensor(numbers, dtype=torch.int64)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    return Tables(
+        chunks=uploaded([owners, starts], torch.int64, device).reshape(2, -1),
+        spans=uploaded(columns, torch.int64, device).reshape(4, -1),
+        row_chunks=uploaded([first_chunks, ends], torch.int64, device),
+        rows=uploaded(row_table(segments), torch.float64, device),
+        rule_options=uploaded(option_table(segments.rule), torch.float64, device),
+        addresses=zeros(4 * len(spans) + len(segments.steps), dtype=torch.int64),
+        sums=zeros(2, len(owners)),
+        decisions=zeros(3, segments.num_layers),
+        moved=zeros(segments.num_layers, dtype=torch.bool),
+        lr=zeros(),
+        one=torch.ones((), dtype=torch.float64, device=device),
+        num_changes=segments.num_changes,
+    )
 
 
 class FlatTensors:
-    """The tensors of a call as flat arrays, as a context; irregular ones are copied in at its start and back at its end."""
+    """The tensors of a call as flat arrays, as a context; irregular ones are copied in at its start and back at its end.
 
-    def __init__(self, segments: Segments):
+    Tells the device where they are, if that has changed.
+    """
+
+    def __init__(self, segments: Segments, tables: Tables):
+        self.tables = tables
         self.copies: list[tuple[Tensor, Tensor]] = []
-        self.weights = [self.flat(w.detach()) for w in segments.weights]
-        pairs = list(zip(self.weights, segments.weights, strict=True))
+        self.weights = [self.flat(w.detach(), None, 0, i) for i, w in enumerate(segments.weights)]
         self.states = [
-            tuple(self.flat(s, w if w.stride() == original.stride() else None) for s in state)
-            for (w, original), state in zip(pairs, segments.states, strict=True)
+            tuple(self.flat(s, w, 2 + column, i) for column, s in enumerate(state))
+            for i, (w, state) in enumerate(zip(self.weights, segments.states, strict=True))
         ]
-        self.grads = [
-            g if lies_flat(g, w) else torch.empty_like(w, dtype=g.dtype).copy_(g)
-            for g, w in zip(segments.grads, self.weights, strict=True)
-        ]
+        self.grads = [self.flat(g, w, 1, i) for i, (w, g) in enumerate(zip(self.weights, segments.grads, strict=True))]
+        self.tell_addresses(segments)
 
-    def flat(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
-        if lies_flat(tensor, like):
+    def flat(self, tensor: Tensor, like: Tensor | None, column: int, index: int) -> Tensor:
+        """The tensor if it is dense and laid out like the other; else a copy that is, always in the same place."""
+        if is_dense(tensor) and (like is None or are_laid_out_alike(tensor, like)):
             return tensor
-        copy = tensor.contiguous() if like is None else torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
-        self.copies.append((tensor, copy))
+        copy = self.tables.copies.get((column, index))
+        if copy is None or copy.dtype != tensor.dtype or not (like is None or are_laid_out_alike(copy, like)):
+            if like is None:
+                copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+            else:
+                copy = torch.empty_like(like, dtype=tensor.dtype)
+            self.tables.copies[column, index] = copy
+        copy.copy_(tensor)
+        if column != 1:  # gradients are read only
+            self.copies.append((tensor, copy))
         return copy
+
+    def tell_addresses(self, segments: Segments) -> None:
+        starts = [(span.tensor, span.start) for span in segments.spans]
+        known = []
+        for column in (self.weights, self.grads, *zip(*self.states, strict=True)):
+            size, addresses = column[0].element_size(), [t.data_ptr() for t in column]
+            known += [addresses[i] + start * size for i, start in starts]
+        known += [0] * ((2 - len(self.states[0])) * len(starts))
+        known += [step.data_ptr() for step in segments.steps]
+        if known != self.tables.known:
+            upload_(self.tables.addresses, known)
+            self.tables.known = known
 
     def __enter__(self) -> FlatTensors:
         return self

@@ -34,6 +34,8 @@ from largebatch.kernels.triton_rules import (
 CHUNK_NUMEL = 8192
 BLOCK_NUMEL = 1024
 ROW_BLOCK = 128
+COUNTS = ("num_chunks", "num_spans", "num_layers")
+"""Arguments for which no value is special: 1, 16 and 17 layers run the same binary."""
 
 # --- chunks and memory ---------------------------------------------------------------------------------------------------
 
@@ -78,8 +80,7 @@ def looked_up(
     num_chunks,
     spans,  # [4, num_spans] int64: numel, row, layer_start, tensor
     num_spans,
-    addresses,  # [4, num_spans] int64: weight, grad, state 0, state 1
-    steps,  # [num_tensors] int64: addresses of the fp32 counters
+    addresses,  # [4, num_spans] int64: weight, grad, state 0, state 1; then [num_tensors]: the fp32 step counts
     HAS_STEPS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -92,7 +93,9 @@ def looked_up(
     layer_start = tl.load(spans + 2 * num_spans + span)
     step = tl.zeros((), tl.float64)
     if HAS_STEPS:
-        counter = tl.load(steps + tl.load(spans + 3 * num_spans + span)).to(tl.pointer_type(tl.float32))
+        counter = tl.load(addresses + 4 * num_spans + tl.load(spans + 3 * num_spans + span)).to(
+            tl.pointer_type(tl.float32)
+        )
         step = tl.load(counter).to(tl.float64) + 1.0
     w = tl.load(addresses + span)
     g = tl.load(addresses + num_spans + span)
@@ -114,7 +117,7 @@ def first_chunk(
     seed,
     scale,
     decay,
-    options,
+    rule_options,
     ALGORITHM: tl.constexpr,
     CORRECTS: tl.constexpr,
     T: tl.constexpr,
@@ -132,10 +135,10 @@ def first_chunk(
     state1 = pointer(state1_address, S, IS_WIDE)
     weight_sums = tl.zeros((BLOCK,), tl.float64)
     direction_sums = tl.zeros((BLOCK,), tl.float64)
-    of_m, of_g, of_v, of_g2, eps = coefficients(options, step, ALGORITHM, CORRECTS, T)
-    momentum = tl.load(options + MOMENTUM)
-    beta1 = tl.load(options + BETA1)
-    beta2 = tl.load(options + BETA2)
+    of_m, of_g, of_v, of_g2, eps = coefficients(rule_options, step, ALGORITHM, CORRECTS, T)
+    momentum = tl.load(rule_options + MOMENTUM)
+    beta1 = tl.load(rule_options + BETA1)
+    beta2 = tl.load(rule_options + BETA2)
     for offset in range(0, CHUNK, BLOCK):
         index = start + offset + tl.arange(0, BLOCK)
         mask = index < numel
@@ -176,17 +179,16 @@ def first_chunk(
     return tl.sum(weight_sums, axis=0), tl.sum(direction_sums, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def first_kernel(
-    chunks,  # this and the next five: see looked_up
+    chunks,  # this and the next four: see looked_up
     num_chunks,
     spans,
     num_spans,
     addresses,
-    steps,
     rows,  # [2, num_layers] fp64: coupled weight decay, seed of the rounding
     num_layers,
-    options,
+    rule_options,
     grad_scale,  # 0-dim fp64
     sums,  # [2, num_chunks] fp64, written
     ALGORITHM: tl.constexpr,
@@ -201,36 +203,37 @@ def first_kernel(
 ):
     chunk = tl.program_id(0).to(tl.int64)
     row, start, numel, layer_start, step, w, g, state0, state1 = looked_up(
-        chunk, chunks, num_chunks, spans, num_spans, addresses, steps, HAS_STEPS, CHUNK
+        chunk, chunks, num_chunks, spans, num_spans, addresses, HAS_STEPS, CHUNK
     )
     scale = tl.load(grad_scale).to(T)
     decay = tl.load(rows + row).to(T)
     seed = tl.load(rows + num_layers + row).to(tl.int64)
     if is_wide(start, numel, w, g, state0, state1, CHUNK):
         weight_sum, direction_sum = first_chunk(
-            w, g, state0, state1, start, numel, layer_start, step, seed, scale, decay, options,
+            w, g, state0, state1, start, numel, layer_start, step, seed, scale, decay, rule_options,
             ALGORITHM, CORRECTS, T, W, G, S, True, CHUNK, BLOCK,
         )  # fmt: skip
     else:
         weight_sum, direction_sum = first_chunk(
-            w, g, state0, state1, start, numel, layer_start, step, seed, scale, decay, options,
+            w, g, state0, state1, start, numel, layer_start, step, seed, scale, decay, rule_options,
             ALGORITHM, CORRECTS, T, W, G, S, False, CHUNK, BLOCK,
         )  # fmt: skip
     tl.store(sums + chunk, weight_sum)
     tl.store(sums + num_chunks + chunk, direction_sum)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def layer_kernel(
     sums,  # [2, num_chunks] fp64
     num_chunks,
     row_chunks,  # [2, num_layers] int64: first chunk, end
     rows,  # [4, num_layers] fp64: coupled weight decay, seed, decoupled weight decay, whether adapted
     num_layers,
-    options,
+    rule_options,
     lr_pointer,  # 0-dim fp64
-    figures,  # [5, num_layers] fp64, written: norms (or sums), trust ratio, weight decay in force, shrinkage
+    decisions,  # [3, num_layers] fp64, written: trust ratio, weight decay in force, shrinkage; or [num_layers, 2]: the sums
     moved,  # [num_layers] int8, written
+    stats,  # [5, num_layers] fp64, written where the layer moves: see LayerStats
     DECIDES: tl.constexpr,
     ALGORITHM: tl.constexpr,
     HAS_NORM_BOUNDS: tl.constexpr,
@@ -264,21 +267,21 @@ def layer_kernel(
         numerator = weight_norm
         denominator = direction_norm
         if HAS_NORM_BOUNDS:
-            high = tl.load(options + NORM_HIGH)
-            numerator = tl.minimum(tl.maximum(numerator, tl.load(options + NORM_LOW)), high)
+            high = tl.load(rule_options + NORM_HIGH)
+            numerator = tl.minimum(tl.maximum(numerator, tl.load(rule_options + NORM_LOW)), high)
         if ALGORITHM == LARS2017_:
-            coefficient = tl.load(options + TRUST_COEFFICIENT)
+            coefficient = tl.load(rule_options + TRUST_COEFFICIENT)
             if DAMPS:
-                coefficient = coefficient * (1.0 - tl.load(options + MOMENTUM))
+                coefficient = coefficient * (1.0 - tl.load(rule_options + MOMENTUM))
             numerator = coefficient * numerator
             if DECAY_IN_RATIO:
                 denominator = denominator + decay * weight_norm
-            denominator = denominator + tl.load(options + EPS)
+            denominator = denominator + tl.load(rule_options + EPS)
         if ALGORITHM == LARS2019_:
-            denominator = denominator + tl.load(options + EPS)
+            denominator = denominator + tl.load(rule_options + EPS)
         ratio = numerator / tl.where(is_defined, denominator, 1.0)
         if HAS_RATIO_BOUNDS:
-            ratio = tl.minimum(tl.maximum(ratio, tl.load(options + RATIO_LOW)), tl.load(options + RATIO_HIGH))
+            ratio = tl.minimum(tl.maximum(ratio, tl.load(rule_options + RATIO_LOW)), tl.load(rule_options + RATIO_HIGH))
         ratio = tl.where(is_defined, ratio, 1.0)
         if LARC_CLIP:
             ratio = tl.where(ratio < lr, ratio / lr, 1.0)
@@ -286,16 +289,24 @@ def layer_kernel(
             if LARC_CLIP:
                 ratio = tl.where(is_defined, ratio, 1.0)
             decay = tl.where(is_defined, decay, 0.0)
-        ratio = tl.where(tl.load(rows + 3 * num_layers + row) > 0, ratio, 1.0).to(T).to(tl.float64)
-        tl.store(figures + row, weight_norm)
-        tl.store(figures + num_layers + row, direction_norm)
-        tl.store(figures + 2 * num_layers + row, ratio)
-        tl.store(figures + 3 * num_layers + row, decay)
-        tl.store(figures + 4 * num_layers + row, shrinkage)
-        tl.store(moved + row, (is_finite(weight_sum) & is_finite(direction_sum)).to(tl.int8))
+        rounded_ratio = tl.where(tl.load(rows + 3 * num_layers + row) > 0, ratio, 1.0).to(T)
+        ratio = rounded_ratio.to(tl.float64)
+        tl.store(decisions + row, ratio)
+        tl.store(decisions + num_layers + row, decay)
+        tl.store(decisions + 2 * num_layers + row, shrinkage)
+        does_move = is_finite(weight_sum) & is_finite(direction_sum)
+        tl.store(moved + row, does_move.to(tl.int8))
+        # a layer that has never moved has NaN there, and shows what was found
+        earlier = tl.load(stats + row)
+        is_shown = does_move | (earlier != earlier)
+        tl.store(stats + row, weight_norm, mask=is_shown)
+        tl.store(stats + num_layers + row, direction_norm, mask=is_shown)
+        tl.store(stats + 2 * num_layers + row, ratio, mask=is_shown)
+        tl.store(stats + 3 * num_layers + row, (lr.to(T) * rounded_ratio).to(tl.float64), mask=is_shown)
+        tl.store(stats + 4 * num_layers + row, decay, mask=is_shown)
     else:
-        tl.store(figures + row, weight_sum)
-        tl.store(figures + num_layers + row, direction_sum)
+        tl.store(decisions + 2 * row, weight_sum)
+        tl.store(decisions + 2 * row + 1, direction_sum)
 
 
 @triton.jit
@@ -314,7 +325,7 @@ def second_chunk(
     ratio,
     decay,
     shrinkage,
-    options,
+    rule_options,
     ALGORITHM: tl.constexpr,
     CORRECTS: tl.constexpr,
     IS_NESTEROV: tl.constexpr,
@@ -332,8 +343,8 @@ def second_chunk(
     grads = pointer(g_address, G, IS_WIDE)
     state0 = pointer(state0_address, S, IS_WIDE)
     state1 = pointer(state1_address, S, IS_WIDE)
-    of_m, of_g, of_v, of_g2, eps = coefficients(options, step, ALGORITHM, CORRECTS, T)
-    momentum = tl.load(options + MOMENTUM).to(T)
+    of_m, of_g, of_v, of_g2, eps = coefficients(rule_options, step, ALGORITHM, CORRECTS, T)
+    momentum = tl.load(rule_options + MOMENTUM).to(T)
     inside = ratio
     outside = lr.to(T)
     if LR_IN_MOMENTUM:
@@ -341,8 +352,8 @@ def second_chunk(
         outside = tl.full((), 1.0, T)
     step_size = lr
     if CORRECTS == CORRECTION_IN_LR:
-        corrected = tl.sqrt(one_minus_power(options, BETA2, LOG_BETA2, step))
-        step_size = lr * corrected / one_minus_power(options, BETA1, LOG_BETA1, step)
+        corrected = tl.sqrt(one_minus_power(rule_options, BETA2, LOG_BETA2, step))
+        step_size = lr * corrected / one_minus_power(rule_options, BETA1, LOG_BETA1, step)
     for offset in range(0, CHUNK, BLOCK):
         index = start + offset + tl.arange(0, BLOCK)
         mask = index < numel
@@ -374,17 +385,16 @@ def second_chunk(
         stored(weights, index, mask, tl.where(is_good, new_w, old_w).to(W), IS_WIDE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def second_kernel(
     chunks,
     num_chunks,
     spans,
     num_spans,
     addresses,
-    steps,
     rows,
     num_layers,
-    options,
+    rule_options,
     grad_scale,
     lr_pointer,  # 0-dim fp64
     decisions,  # [3, num_layers] fp64: trust ratio, weight decay in force, shrinkage
@@ -404,7 +414,7 @@ def second_kernel(
     # from the last chunk to the first, because the last are still in the cache
     chunk = num_chunks - 1 - tl.program_id(0).to(tl.int64)
     row, start, numel, layer_start, step, w, g, state0, state1 = looked_up(
-        chunk, chunks, num_chunks, spans, num_spans, addresses, steps, HAS_STEPS, CHUNK
+        chunk, chunks, num_chunks, spans, num_spans, addresses, HAS_STEPS, CHUNK
     )
     if tl.load(moved + row) == 0:
         return
@@ -416,12 +426,12 @@ def second_kernel(
     shrinkage = tl.load(decisions + 2 * num_layers + row).to(T)
     if is_wide(start, numel, w, g, state0, state1, CHUNK):
         second_chunk(
-            w, g, state0, state1, start, numel, layer_start, step, seed, scale, lr, ratio, decay, shrinkage, options,
+            w, g, state0, state1, start, numel, layer_start, step, seed, scale, lr, ratio, decay, shrinkage, rule_options,
             ALGORITHM, CORRECTS, IS_NESTEROV, LR_IN_MOMENTUM, T, W, G, S, True, CHUNK, BLOCK,
         )  # fmt: skip
     else:
         second_chunk(
-            w, g, state0, state1, start, numel, layer_start, step, seed, scale, lr, ratio, decay, shrinkage, options,
+            w, g, state0, state1, start, numel, layer_start, step, seed, scale, lr, ratio, decay, shrinkage, rule_options,
             ALGORITHM, CORRECTS, IS_NESTEROV, LR_IN_MOMENTUM, T, W, G, S, False, CHUNK, BLOCK,
         )  # fmt: skip
 
@@ -439,17 +449,30 @@ def square_chunk(
     return tl.sum(total, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def square_kernel(
-    chunks, num_chunks, numels, addresses, sums, D: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr
+    chunks,  # this and the next four: see looked_up
+    num_chunks,
+    spans,
+    num_spans,
+    addresses,
+    sums,  # [num_chunks] fp64, written: of the squares of the gradients
+    G: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     chunk = tl.program_id(0).to(tl.int64)
-    tensor = tl.load(chunks + chunk)
+    span = tl.load(chunks + chunk)
     start = tl.multiple_of(tl.load(chunks + num_chunks + chunk), CHUNK)
-    numel = tl.load(numels + tensor)
-    address = tl.load(addresses + tensor)
+    numel = tl.load(spans + span)
+    address = tl.load(addresses + num_spans + span)
     if is_wide(start, numel, address, address, address, address, CHUNK):
-        total = square_chunk(address, start, numel, D, True, CHUNK, BLOCK)
+        total = square_chunk(address, start, numel, G, True, CHUNK, BLOCK)
     else:
-        total = square_chunk(address, start, numel, D, False, CHUNK, BLOCK)
+        total = square_chunk(address, start, numel, G, False, CHUNK, BLOCK)
     tl.store(sums + chunk, total)
+
+
+@triton.jit
+def probe_kernel(x):  # 0-dim fp32, written
+    tl.store(x, 1.0)

@@ -26,15 +26,15 @@ def root(x, T: tl.constexpr):
 
 
 @triton.jit
-def one_minus_power(options, beta, log_beta, exponent):
+def one_minus_power(rule_options, beta, log_beta, exponent):
     """1 - beta ** exponent in fp64, for beta >= 0."""
-    value = tl.load(options + beta)
-    power = tl.exp(exponent * tl.load(options + log_beta))
+    value = tl.load(rule_options + beta)
+    power = tl.exp(exponent * tl.load(rule_options + log_beta))
     return 1.0 - tl.where(value > 0, power, 0.0)
 
 
 @triton.jit
-def coefficients(options, step, ALGORITHM: tl.constexpr, CORRECTS: tl.constexpr, T: tl.constexpr):
+def coefficients(rule_options, step, ALGORITHM: tl.constexpr, CORRECTS: tl.constexpr, T: tl.constexpr):
     """Of m and g in m_hat, of v and g^2 in v_hat, and eps; the same for all elements of a layer."""
     of_m = tl.full((), 1.0, T)
     of_g = tl.full((), 0.0, T)
@@ -42,19 +42,19 @@ def coefficients(options, step, ALGORITHM: tl.constexpr, CORRECTS: tl.constexpr,
     of_g2 = tl.full((), 0.0, T)
     if ALGORITHM == LAMB_:
         if CORRECTS == CORRECTION:
-            of_m = (1.0 / one_minus_power(options, BETA1, LOG_BETA1, step)).to(T)
-            of_v = (1.0 / one_minus_power(options, BETA2, LOG_BETA2, step)).to(T)
+            of_m = (1.0 / one_minus_power(rule_options, BETA1, LOG_BETA1, step)).to(T)
+            of_v = (1.0 / one_minus_power(rule_options, BETA2, LOG_BETA2, step)).to(T)
     elif (ALGORITHM == NLAMB_) | (ALGORITHM == NNLAMB_):
-        beta1 = tl.load(options + BETA1)
-        beta2 = tl.load(options + BETA2)
-        of_m = (beta1 / one_minus_power(options, BETA1, LOG_BETA1, step + 1)).to(T)
-        of_g = ((1.0 - beta1) / one_minus_power(options, BETA1, LOG_BETA1, step)).to(T)
+        beta1 = tl.load(rule_options + BETA1)
+        beta2 = tl.load(rule_options + BETA2)
+        of_m = (beta1 / one_minus_power(rule_options, BETA1, LOG_BETA1, step + 1)).to(T)
+        of_g = ((1.0 - beta1) / one_minus_power(rule_options, BETA1, LOG_BETA1, step)).to(T)
         if ALGORITHM == NLAMB_:
-            of_v = (beta2 / one_minus_power(options, BETA2, LOG_BETA2, step)).to(T)
+            of_v = (beta2 / one_minus_power(rule_options, BETA2, LOG_BETA2, step)).to(T)
         else:
-            of_v = (beta2 / one_minus_power(options, BETA2, LOG_BETA2, step + 1)).to(T)
-            of_g2 = ((1.0 - beta2) / one_minus_power(options, BETA2, LOG_BETA2, step)).to(T)
-    return of_m, of_g, of_v, of_g2, tl.load(options + EPS).to(T)
+            of_v = (beta2 / one_minus_power(rule_options, BETA2, LOG_BETA2, step + 1)).to(T)
+            of_g2 = ((1.0 - beta2) / one_minus_power(rule_options, BETA2, LOG_BETA2, step)).to(T)
+    return of_m, of_g, of_v, of_g2, tl.load(rule_options + EPS).to(T)
 
 
 @triton.jit

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from largebatch.config import SharedOptions
 from largebatch.exclusion import LayerPolicy
-from largebatch.kernels.interface import Kernels, LayerFigures, Segments, Span
+from largebatch.kernels.interface import Kernels, LayerFigures, Segments, Span, upload_, uploaded
 from largebatch.layer_map.dtensor import local_part
 from largebatch.layer_map.reduce import all_reduce_sums_
 from largebatch.optim.layer_table import Layout, ProcessGroups
 from largebatch.optim.state import needs_step
-from largebatch.telemetry import LayerStats
+from largebatch.rules.rule import Rule
 
 
 class LayerNames(tuple[str, ...]):
@@ -69,14 +69,31 @@ class Call:
         segments.spans.extend(
             Span(index, s.start, s.numel, first_row + s.layer, s.layer_start) for s in layout.layer_map.segments
         )
-        for policy in layout.policies:
-            segments.weight_decays.append(coupled_weight_decay(options, policy))
-            segments.decoupled_weight_decays.append(decoupled_weight_decay(options, policy))
-            segments.are_adapted.append(is_adapted(options, policy))
-            segments.seeds.append(zlib.crc32(policy.name.encode()))
+        segments.seeds.extend(zlib.crc32(policy.name.encode()) for policy in layout.policies)
         self.positions.append(position)
         self.policies.extend(layout.policies)
         self.process_groups.extend(layout.process_groups)
+        self._treat(options, layout.policies)
+
+    def renew_options(self, options: SharedOptions, rule: Rule) -> bool:
+        """Takes other options; False, and nothing is changed, if the rule needs other state with them."""
+        segments = self.segments
+        needs = [(type(r), r.elementwise_state, r.counts_steps) for r in (segments.rule, rule)]
+        if needs[0] != needs[1]:
+            return False
+        segments.rule = rule
+        for numbers in (segments.weight_decays, segments.decoupled_weight_decays, segments.are_adapted):
+            numbers.clear()
+        self._treat(options, self.policies)
+        segments.num_changes += 1
+        return True
+
+    def _treat(self, options: SharedOptions, policies: list[LayerPolicy]) -> None:
+        segments = self.segments
+        for policy in policies:
+            segments.weight_decays.append(coupled_weight_decay(options, policy))
+            segments.decoupled_weight_decays.append(decoupled_weight_decay(options, policy))
+            segments.are_adapted.append(is_adapted(options, policy))
 
     @functools.cached_property
     def reductions(self) -> dict[dist.ProcessGroup, Tensor | None]:
@@ -87,7 +104,7 @@ class Call:
                 if dist.get_world_size(group) > 1:
                     rows.setdefault(group, []).append(row)
         num_layers, device = len(self.policies), self.segments.device
-        return {g: None if len(r) == num_layers else torch.tensor(r, device=device) for g, r in rows.items()}
+        return {g: None if len(r) == num_layers else uploaded(r, torch.int64, device) for g, r in rows.items()}
 
     @property
     def is_local(self) -> bool:
@@ -131,17 +148,27 @@ class Call:
         return LayerFigures.of(weight_norm, direction_norm, ratio, weight_decay, is_finite, lr=lr)
 
     def constant(self, name: str, dtype: torch.dtype) -> Tensor:
-        """[num_layers] a per-layer list of the segments as a tensor on their device, made once."""
-        tensor = self.segments.prepared.get(name)
+        """[num_layers] a per-layer list of the segments as a tensor on their device: always the same one, so that a captured
+        step that reads it follows later changes of the options."""
+        segments = self.segments
+        tensor, num_changes = segments.prepared.get(name, (None, 0))
         if tensor is None:
-            tensor = torch.tensor(getattr(self.segments, name), dtype=dtype, device=self.segments.device)
-            self.segments.prepared[name] = tensor
+            tensor = uploaded(getattr(segments, name), dtype, segments.device)
+        elif num_changes != segments.num_changes:
+            upload_(tensor, getattr(segments, name))
+        segments.prepared[name] = tensor, segments.num_changes
         return tensor
 
-    def stats_of(self, figures: LayerFigures, previous: LayerStats | None) -> LayerStats:
-        """The figures of the layers that moved, and the previous ones of those that did not."""
-        stats = LayerStats(self.names, figures.stats)
-        return stats if figures.have_all_moved else stats.where(figures.is_finite, previous)
+    def keep(self, figures: LayerFigures) -> None:
+        """Takes over the figures of the layers that moved, and leaves those of the others as they were."""
+        segments, stats = self.segments, figures.stats
+        if stats is segments.stats:
+            return
+        is_on_host = segments.device.type == "cpu"
+        if segments.stats is None or figures.have_all_moved or (is_on_host and figures.is_finite.all()):
+            segments.stats = stats
+        else:
+            torch.where(figures.is_finite, stats, segments.stats, out=segments.stats)
 
 
 def sums_over_ranks(calls: list[Call], sums: list[Tensor]) -> list[Tensor]:

@@ -100,6 +100,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         self._is_armed = True
         self._configured: list[dict[str, Any]] = []
         self._plans: dict[tuple[int, int, int], GroupPlan] = {}
+        self._captured: list[Call] = []
         self._stats: dict[tuple[str, ...], LayerStats] = {}
         self._num_skipped: Tensor | None = None
         self._num_skipped_layers: Tensor | None = None
@@ -163,6 +164,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
             calls = self._calls()
             if calls:
                 self._step(calls)
+                self._keep_what_is_captured(calls)
         finally:
             for plan in self._plans.values():
                 plan.let_gradients_go()
@@ -182,10 +184,17 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
             sums = sums_over_ranks(calls, [call.sums(grad_scale) for call in calls])
             figures = [call.advance_(s, grad_scale=grad_scale) for call, s in zip(calls, sums, strict=True)]
         for call, call_figures in zip(calls, figures, strict=True):
+            call.keep(call_figures)
             # the latest goes to the end, so that a layer's older figures under another sorting are overruled
-            stats = call.stats_of(call_figures, self._stats.pop(call.names, None))
-            self._stats[call.names] = stats
+            self._stats.pop(call.names, None)
+            self._stats[call.names] = LayerStats(call.names, call.segments.stats)
         self._count_step(calls, figures)
+
+    def _keep_what_is_captured(self, calls: list[Call]) -> None:
+        """A CUDA graph reads the calls' tables at every replay, also when this optimizer has planned anew since."""
+        on_cuda = [call for call in calls if call.segments.device.type == "cuda"]
+        if on_cuda and torch.cuda.is_current_stream_capturing():
+            self._captured += [call for call in on_cuda if not any(call is kept for kept in self._captured)]
 
     def _calls(self) -> list[Call]:
         """The calls of this step; those of the last one if only gradients and learning rates are new."""
@@ -203,15 +212,20 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
             plan = self._plans.get(key)
             if plan is None or plan.group is not group or not plan.renew(self.state):
                 names = tuple(field.name for field in fields(self.options_class) if field.name != "lr")
-                self._plans[key] = plan = plan_group(group, names, self._calls_of_group, self.state)
+                self._plans[key] = plan = plan_group(
+                    group, names, self._options_and_rule, self._calls_of_group, self.state
+                )
                 plan.renew(self.state)
             calls.extend(plan.calls)
         return calls
 
+    def _options_and_rule(self, group: dict[str, Any]) -> tuple[Any, Rule]:
+        options = self._group_options(group)
+        return options, self.make_rule(options)
+
     def _calls_of_group(self, group: dict[str, Any]) -> list[Call]:
         """Sorts the tensors that have gradients by device, dtype and process group."""
-        options = self._group_options(group)
-        rule = self.make_rule(options)
+        options, rule = self._options_and_rule(group)
         calls: dict[Any, Call] = {}
         fresh = [tensor for tensor in group["params"] if tensor.grad is not None and not self.state.get(tensor)]
         self.state.update(zip(fresh, new_states(fresh, rule, self.state_dtype), strict=True))
@@ -241,6 +255,9 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
                 is_engines = all(t in self._table.partitions for t in group["params"])
                 calls[key].segments.may_overwrite_grads = self.overwrite_grads or is_engines
             calls[key].add(position, tensor, state, layout, options)
+        for call in calls.values():
+            earlier = self._stats.get(call.names)
+            call.segments.stats = None if earlier is None else earlier.figures.to(call.segments.device)
         return list(calls.values())
 
     def _grad_scale(self, calls: list[Call], found_inf: Tensor | None, are_local: bool) -> Tensor | None:
@@ -262,7 +279,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
                 "torch.nn.utils.clip_grad_norm_ before step()"
             )
         home = calls[0].segments.device
-        norm = torch.stack([c.kernels.square_sums(c.segments.grads).sum().to(home) for c in calls]).sum().sqrt()
+        norm = torch.stack([c.kernels.grad_square_sum(c.segments).to(home) for c in calls]).sum().sqrt()
         norm = norm if factor is None else norm * factor.to(home)
         clip = self.max_grad_norm / norm.clamp(min=self.max_grad_norm)
         return clip if factor is None else clip * factor.to(home)
@@ -283,7 +300,8 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         self._num_skipped_layers = on_first_use(self._num_skipped_layers, home).add_(num_skipped)
         for call in calls:
             if call.segments.steps:
-                torch._foreach_add_(call.segments.steps, has_moved.to(call.segments.device, torch.float32))
+                # alpha makes torch read the tensor on the device; without it, torch waits for the value
+                torch._foreach_add_(call.segments.steps, has_moved.to(call.segments.device, torch.float32), alpha=1.0)
 
     def _count_step_on_cpu(self, calls: list[Call], figures: list[LayerFigures]) -> None:
         bad = [
@@ -435,4 +453,5 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         own = ("max_grad_norm", "kernels", "state_dtype", "overwrite_grads", "_table", "_is_armed", "_configured")
         own += ("_num_skipped", "_num_skipped_layers")
-        return super().__getstate__() | {name: getattr(self, name) for name in own} | {"_stats": {}, "_plans": {}}
+        fresh = {"_stats": {}, "_plans": {}, "_captured": []}
+        return super().__getstate__() | {name: getattr(self, name) for name in own} | fresh

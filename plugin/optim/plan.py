@@ -15,9 +15,10 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from largebatch.config import LEARNING_RATE
+from largebatch.config import LEARNING_RATE, SharedOptions
 from largebatch.layer_map.dtensor import local_gradient, local_part
 from largebatch.optim.calls import Call
+from largebatch.rules.rule import Rule
 
 GRAD = attrgetter("grad")
 
@@ -65,6 +66,8 @@ class GroupPlan:
     option_names: tuple[str, ...]
     """All options but lr."""
     option_values: list[Any]
+    options_and_rule: Callable[[dict[str, Any]], tuple[SharedOptions, Rule]]
+    """Those of a group as it is now, checked."""
     without_grad: list[Tensor]
     """The params that had no gradient, which none of the calls has."""
     all_states: list[dict[str, Any]]
@@ -84,14 +87,14 @@ class GroupPlan:
         group, objects = self.group, self.objects
         if not objects.same_items(group["params"], self.params):
             return False
-        if [group[name] for name in self.option_names] != self.option_values:
-            return False
         # the order of a dict is that of insertion, so equal values are those of the same tensors
         if not objects.same_values(optimizer_state, self.all_states):
             return False
         if not objects.same_values_of_all(self.states, self.state_tensors):
             return False
         if any(parameter.grad is not None for parameter in self.without_grad):
+            return False
+        if [group[name] for name in self.option_names] != self.option_values and not self.renew_options():
             return False
         lr = group["lr"]
         LEARNING_RATE("lr", lr)
@@ -100,6 +103,14 @@ class GroupPlan:
         if self.kernels_find_gradients:
             return all(call.kernels.find_gradients(call.segments) for call in self.calls)
         return self.collect_gradients()
+
+    def renew_options(self) -> bool:
+        """Hands new options to the calls, as a schedule of weight decay or betas has set them; False if that is not enough."""
+        options, rule = self.options_and_rule(self.group)
+        if not all(call.renew_options(options, rule) for call in self.calls):
+            return False
+        self.option_values = [self.group[name] for name in self.option_names]
+        return True
 
     def collect_gradients(self) -> bool:
         """Hands the gradients to the calls; False if a tensor has none, or another layout than it had."""
@@ -126,6 +137,7 @@ class GroupPlan:
 def plan_group(
     group: dict[str, Any],
     option_names: tuple[str, ...],
+    options_and_rule: Callable[[dict[str, Any]], tuple[SharedOptions, Rule]],
     make_calls: Callable[[dict[str, Any]], list[Call]],
     optimizer_state: Mapping[Tensor, dict[str, Any]],
 ) -> GroupPlan:
@@ -142,6 +154,7 @@ def plan_group(
         params,
         option_names,
         [group[name] for name in option_names],
+        options_and_rule,
         without_grad,
         list(optimizer_state.values()),
         states,

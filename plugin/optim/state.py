@@ -36,7 +36,7 @@ def fill_state(state: dict[str, Tensor], tensor: Tensor, rule: Rule, requested_d
         value = (
             step.detach().to(device, torch.float32).reshape(())
             if isinstance(step, Tensor)
-            else torch.tensor(float(step), device=device)
+            else torch.full((), float(step), dtype=torch.float32, device=device)  # without a copy from the host
         )
         state["step"] = value.clone()
     for name in rule.elementwise_state:

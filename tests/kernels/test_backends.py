@@ -202,6 +202,28 @@ def test_strides_do_not_matter(backend, optimizer_class):
 
 
 @each_fast_backend
+@pytest.mark.parametrize("shape, strides", [((6, 5, 1, 1), (5, 1, 5, 5)), ((1, 7, 3), (1, 3, 1)), ((4, 1), (1, 9))])
+def test_the_stride_of_a_dimension_of_size_1_does_not_matter(backend, shape, strides):
+    """cuDNN's gradients of 1x1 convolutions: other strides, same places. They are taken as they are, not copied."""
+    values, grads = tensors(1, [shape]), tensors(2, [shape])
+    results = []
+    with using(backend) as kernels:
+        for lay_out in (torch.Tensor.contiguous, lambda x: torch.empty_strided(shape, strides).copy_(x)):
+            weight = torch.nn.Parameter(values[0].float().to(device_of(backend)))
+            optimizer = largebatch.LAMB([weight], lr=0.1, kernels=kernels, overwrite_grads=True)
+            weight.grad = lay_out(grads[0].float()).to(device_of(backend))
+            before = weight.grad.clone()
+            optimizer.step()
+            results.append(weight.detach().clone())
+            if backend.startswith("cpp"):  # which leave the update in gradients that need no copy
+                assert not torch.equal(weight.grad, before)
+            else:
+                (call,) = next(iter(optimizer._plans.values())).calls
+                assert call.segments.prepared["triton"].copies == {}
+    assert torch.equal(*results)
+
+
+@each_fast_backend
 def test_a_weight_that_changes_its_layout_between_steps(backend):
     """``model.to(memory_format=...)`` after the first step: the state still has the old strides."""
     grad = tensors(2, [(4, 3, 5, 2)])[0].float().to(device_of(backend))
@@ -313,6 +335,68 @@ def test_learning_rate_as_a_tensor(backend, optimizer_class):
                 optimizer.step()
             results.append(weight.detach().clone())
     assert torch.equal(*results)
+
+
+PLAIN_OPTIONS = ({}, {"weight_decay": 0.01}, {"weight_decay": 5e-4})
+SCHEDULED = [
+    pytest.param(backend, optimizer_class, options, id=f"{backend}-{name_of(optimizer_class)}-{name_of(options)}")
+    for backend in BACKENDS
+    for optimizer_class, options in OPTION_SETS
+    if backend != "triton" or options in PLAIN_OPTIONS  # its interpreter is slow, and its tables are always the same
+]
+
+
+@pytest.mark.parametrize("backend, optimizer_class, options", SCHEDULED)
+def test_options_that_a_schedule_changes(backend, optimizer_class, options):
+    """Decay, betas, momentum and bounds that change from step to step: the same bits as planning each step anew."""
+    results = []
+    with using(backend) as kernels:
+        for is_planned_anew in (False, True):
+            named = [
+                (f"w{i}", torch.nn.Parameter(w.float().to(device_of(backend))))
+                for i, w in enumerate(tensors(1, SMALL_SHAPES))
+            ]
+            optimizer = optimizer_class(named, lr=0.1, kernels=kernels, **options)
+            for step in range(4):
+                for (_, parameter), grad in zip(named, tensors(step, SMALL_SHAPES), strict=True):
+                    parameter.grad = grad.float().to(device_of(backend))
+                group = optimizer.param_groups[0]
+                for name in ("weight_decay", "eps", "momentum", "trust_coefficient"):
+                    if group.get(name):
+                        group[name] *= 0.5
+                if "betas" in group:
+                    group["betas"] = tuple(0.5 * beta for beta in group["betas"])
+                if step == 2 and not group["nesterov" if "nesterov" in group else "trust_ratio_bounds"]:
+                    group["trust_ratio_bounds"] = (0.01, 0.5)
+                if is_planned_anew:
+                    optimizer._plans.clear()
+                optimizer.step()
+            results.append([*(p for _, p in named), *states_of(optimizer, [p for _, p in named])])
+            results[-1] += [torch.tensor(list(f.values())) for f in optimizer.layer_stats().values()]
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@each_backend
+def test_figures_of_a_layer_that_did_not_move_are_those_of_its_last_step(backend):
+    """Also when the optimizer has planned anew since; and a layer that has never moved shows what was found."""
+    with using(backend) as kernels:
+        named = [(f"w{i}", torch.nn.Parameter(torch.full((4,), 2.0, device=device_of(backend)))) for i in range(3)]
+        optimizer = largebatch.LARS(named, lr=0.1, kernels=kernels)
+
+        def step(*gradients):
+            for (_, parameter), gradient in zip(named, gradients, strict=True):
+                parameter.grad = torch.full_like(parameter, gradient)
+            optimizer.step()
+            return [figures["direction_norm"] for figures in optimizer.layer_stats().values()]
+
+        nan = float("nan")
+        assert step(1.0, 2.0, nan)[:2] == [2.0, 4.0]
+        assert optimizer.layer_stats()["w2"]["weight_norm"] == 4.0
+        assert step(nan, 3.0, 5.0) == [2.0, 6.0, 10.0]
+        optimizer._plans.clear()
+        assert step(1.0, nan, nan) == [2.0, 6.0, 10.0]
+        assert step(4.0, 4.0, 4.0) == [8.0, 8.0, 8.0]
 
 
 # --- bf16 state ---------------------------------------------------------------------------------------------------------

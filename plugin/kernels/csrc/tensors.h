@@ -25,8 +25,13 @@ inline Dtype dtype_of(const at::Tensor& tensor) {
   }
 }
 
+// Whether equal indices lie at equal offsets. The stride of a dimension of size 1 says nothing about that.
 inline bool are_laid_out_alike(const at::Tensor& a, const at::Tensor& b) {
-  return a.sizes() == b.sizes() && a.strides() == b.strides();
+  if (a.sizes() != b.sizes()) return false;
+  if (a.strides() == b.strides()) return true;
+  for (int64_t d = 0; d < a.dim(); ++d)
+    if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
+  return true;
 }
 
 // The same values in the layout of another tensor; the tensor itself if it has that layout already.
