@@ -5,8 +5,10 @@ A JSON ``optimizer.params`` and the keyword arguments of a constructor are the s
 
 from __future__ import annotations
 
+import decimal
 import difflib
 import math
+import numbers
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -33,6 +35,28 @@ def nearest_hint(name: str, known: Sequence[str], *, nearness: float = 0.6) -> s
 
 def reject(name: str, value: Any, expected: str, error: type[Exception] = ValueError):
     raise error(f"{name} is {value!r}; expected {expected}")
+
+
+PLAIN = (float, int, bool, str, type(None))
+
+
+def as_python(value: Any) -> Any:
+    """A number, or nested numbers, of any library as Python's own: numpy's scalars and arrays, tensors, Fraction, sequences.
+
+    Sequences become tuples. What is neither is returned as it is, for a check to refuse. Waits for the device if it is a tensor
+    there.
+    """
+    if type(value) in PLAIN:
+        return value
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return tuple(map(as_python, value))
+    if callable(getattr(value, "tolist", None)):  # numpy's and torch's
+        return as_python(value.tolist())
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, (numbers.Real, decimal.Decimal)):
+        return float(value)
+    return value
 
 
 def is_number(value: Any) -> bool:
@@ -67,8 +91,12 @@ def integer(minimum: int, *, or_auto: bool = False) -> Check:
 
 def number(expected: str, allowed: Callable[[float], bool], *, or_tensor: bool = False, or_none: bool = False) -> Check:
     def check(name: str, value: Any) -> None:
-        if (or_tensor and isinstance(value, Tensor) and value.numel() == 1) or (or_none and value is None):
+        if or_none and value is None:
             return
+        if isinstance(value, Tensor):
+            if or_tensor and value.numel() == 1:
+                return
+            reject(name, value, f"{expected}{', or a tensor of one element' if or_tensor else ''}")
         if value == "auto":
             reject(name, value, f"{expected}; 'auto' is filled in by launch/train.py, elsewhere write the number")
         if not is_number(value):
@@ -130,6 +158,16 @@ LEARNING_RATE = number("a number >= 0", lambda x: x >= 0, or_tensor=True)
 CLIP = number("null or a number > 0", lambda x: x > 0, or_none=True)
 
 
+def take_over(options: Any) -> None:
+    """Makes Python's own values of the fields of a frozen dataclass, and checks each of them."""
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if not (field.name == "lr" and isinstance(value, Tensor)):  # a learning rate may stay on its device
+            value = as_python(value)
+            object.__setattr__(options, field.name, value)
+        CHECKS[field.name](field.name, value)
+
+
 @dataclass(frozen=True)
 class SharedOptions:
     """Options of every layer-wise optimizer. Checked on construction; field names are the JSON's."""
@@ -142,8 +180,7 @@ class SharedOptions:
     adapt_undecayed: bool
 
     def __post_init__(self):
-        for field in fields(self):
-            CHECKS[field.name](field.name, getattr(self, field.name))
+        take_over(self)
 
 
 @dataclass(frozen=True)
@@ -221,8 +258,7 @@ class GlobalOptions:
     overwrite_grads: bool
 
     def __post_init__(self):
-        for field in fields(self):
-            CHECKS[field.name](field.name, getattr(self, field.name))
+        take_over(self)
 
 
 CHECKS: dict[str, Check] = {
@@ -257,9 +293,42 @@ LONGEST_LIST = 30
 """Names that a message lists beside the nearest."""
 
 
+NO_EFFECT = "delete it: it is of another optimizer and has no counterpart here"
+OTHERS_OPTIONS: dict[str, str] = {
+    # DeepSpeed's Lamb and OneBitLamb, and its AdamW section
+    "max_coeff": "ours is trust_ratio_bounds: [min_coeff, {value}]",
+    "min_coeff": "ours is trust_ratio_bounds: [{value}, max_coeff]",
+    "torch_adam": NO_EFFECT, "adam_w_mode": NO_EFFECT, "freeze_step": NO_EFFECT, "cuda_aware": NO_EFFECT,
+    "comm_backend_name": NO_EFFECT, "coeff_beta": NO_EFFECT, "factor_max": NO_EFFECT, "factor_min": NO_EFFECT,
+    "factor_threshold": NO_EFFECT, "eps_inside_sqrt": NO_EFFECT,
+    # torch
+    "amsgrad": NO_EFFECT, "foreach": NO_EFFECT, "fused": NO_EFFECT, "capturable": NO_EFFECT, "differentiable": NO_EFFECT,
+    "maximize": NO_EFFECT, "dampening": NO_EFFECT,
+    # apex
+    "use_nvlamb": "ours is adapt_undecayed: {value}", "grad_averaging": NO_EFFECT, "set_grad_none": NO_EFFECT,
+    "clip": "ours is larc_clip: {value}",
+    # timm and other packages of PyTorch
+    "trust_coeff": "ours is trust_coefficient: {value}", "trust_coef": "ours is trust_coefficient: {value}",
+    "trust_clip": "ours is trust_ratio_bounds: [0, 1] for LAMB, larc_clip for LARS",
+    "always_adapt": "ours is adapt_undecayed: {value}", "decoupled_decay": "ours is decoupled_weight_decay: {value}",
+    "clamp_value": "ours is weight_norm_bounds: [0, {value}]", "debias": "ours is bias_correction: {value}",
+    "caution": NO_EFFECT, "corrected_weight_decay": NO_EFFECT,
+    # TensorFlow and MLPerf
+    "learning_rate": "ours is lr: {value}", "base_lr": "ours is lr: {value}", "epsilon": "ours is eps: {value}",
+    "weight_decay_rate": "ours is weight_decay: {value}", "beta_1": "ours is betas: [{value}, beta_2]",
+    "beta_2": "ours is betas: [beta_1, {value}]", "eeta": "ours is trust_coefficient: {value}",
+    "exclude_from_layer_adaptation": "ours is exclude_from_adaptation, a list of regular expressions",
+    "skip_list": "ours is exclude_from_adaptation, a list of regular expressions",
+}  # fmt: skip
+"""Options of other LAMBs and LARSs, and of sections that were AdamW's -> what to write here."""
+
+
 def check_option_names(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
     """Raises UnknownOptionError for a name that is not in ``known``, with the nearest, and all known ones if they are not many."""
-    for name in given:
+    for name, value in given.items():
+        if name not in known and name in OTHERS_OPTIONS and "trust_ratio_bounds" in known:
+            shown = str(value).lower() if isinstance(value, bool) else repr(value)
+            raise UnknownOptionError(f"{where}.{name} is not known; {OTHERS_OPTIONS[name].format(value=shown)}")
         if name not in known:
             hint = nearest_hint(name, known)
             are_listed = len(known) <= LONGEST_LIST or not hint

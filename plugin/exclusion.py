@@ -18,8 +18,8 @@ NORM_MODULES = (
     nn.GroupNorm,
     nn.RMSNorm,
 )
-NORM_CLASS_NAME = re.compile(r"norm(\d*d)?$", re.IGNORECASE)
-"""Classes outside torch.nn, such as LlamaRMSNorm or FrozenBatchNorm2d."""
+NORM_CLASS_NAME = re.compile(r"(?<!weight)(?<!spectral)(?<!pre)(?<!post)norm(?!al|ed)", re.IGNORECASE)
+"""Classes outside torch.nn, such as LlamaRMSNorm, MambaRMSNormGated or FrozenBatchNorm2d; no reparametrisations, no wrappers."""
 
 NORM_NAME = re.compile(
     r"(^|[._])(bn|norm|ln|layer_?norm|batch_?norm|group_?norm|instance_?norm|rms_?norm)(_?\d+|_[a-z]+)?(\.|$)",
@@ -50,10 +50,16 @@ class LayerPolicy:
 
 @dataclass(frozen=True)
 class ParameterIdentity:
-    """What is known of a parameter: its name, and its kinds if its module was seen (None: judge by the name)."""
+    """What is known of a parameter: its name, its kinds if its module was seen (None: judge by the name), its dimensions."""
 
     name: str
     kinds: frozenset[str] | None = None
+    num_dimensions: int | None = None
+
+    @property
+    def may_be_norm(self) -> bool:
+        """Whether it looks like the scale of a normalisation, and nothing but a part of its name says so."""
+        return "norm" in self.name.lower() and self.num_dimensions == 1 and not kinds_of(self)
 
 
 def identities(model: nn.Module) -> dict[Tensor, ParameterIdentity]:
@@ -61,10 +67,18 @@ def identities(model: nn.Module) -> dict[Tensor, ParameterIdentity]:
     found: dict[Tensor, ParameterIdentity] = {}
     for module_name, module in model.named_modules():
         is_norm = isinstance(module, NORM_MODULES) or NORM_CLASS_NAME.search(type(module).__name__) is not None
+        # a norm of one's own has no more than a name; a projection in a module that is called norm has a matrix
+        is_called_norm = NORM_NAME.search(module_name.rpartition(".")[2]) is not None and all(
+            parameter.ndim <= 1 for parameter in module.parameters()
+        )
         for short_name, parameter in module.named_parameters(recurse=False):
-            kinds = {kind for kind, holds in (("norm", is_norm), ("bias", BIAS_NAME.search(short_name))) if holds}
+            kinds = {
+                kind
+                for kind, holds in (("norm", is_norm or is_called_norm), ("bias", BIAS_NAME.search(short_name)))
+                if holds
+            }
             name = f"{module_name}.{short_name}" if module_name else short_name
-            found.setdefault(parameter, ParameterIdentity(name, frozenset(kinds)))
+            found.setdefault(parameter, ParameterIdentity(name, frozenset(kinds), parameter.ndim))
     return found
 
 

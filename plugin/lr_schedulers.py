@@ -7,13 +7,17 @@ step of a warm-up from zero is not lost.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from largebatch import schedule
 from largebatch.config import is_finite, is_number
+
+logger = logging.getLogger("largebatch")
 
 
 def torch_optimizer(optimizer: Any) -> Optimizer:
@@ -93,7 +97,8 @@ class FactorLR:
     """Base of the JSON schedulers: lr of a group at step t = the group's own lr * factor(t).
 
     ``step()`` is called after each optimizer step, as DeepSpeed does; on construction the learning rate of step 0 is
-    set. ``state_dict`` holds the step and the groups' peak learning rates.
+    set. ``state_dict`` holds the step and the groups' peak learning rates. A param group that is added later has its own
+    ``lr`` as its peak, and follows the same factor from the next step on.
     """
 
     def __init__(self, optimizer: Any):
@@ -106,6 +111,8 @@ class FactorLR:
         raise NotImplementedError
 
     def get_lr(self) -> list[float]:
+        groups = self.optimizer.param_groups
+        self.peak_lrs += [float(group["lr"]) for group in groups[len(self.peak_lrs) :]]
         return [peak * self.factor(self.last_batch_iteration) for peak in self.peak_lrs]
 
     def get_last_lr(self) -> list[float]:
@@ -113,8 +120,11 @@ class FactorLR:
 
     def _set(self) -> None:
         self._last_lr = self.get_lr()
-        for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
-            group["lr"] = lr
+        for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=False):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)  # whoever has captured a step reads it there
+            else:
+                group["lr"] = lr
 
     def step(self, last_batch_iteration: int | None = None) -> None:
         """Moves on by one optimizer step, or to the given one."""
@@ -127,8 +137,31 @@ class FactorLR:
         return {"last_batch_iteration": self.last_batch_iteration, "peak_lrs": list(self.peak_lrs)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.last_batch_iteration = state_dict["last_batch_iteration"]
-        self.peak_lrs = list(state_dict["peak_lrs"])
+        """Takes over the step and the peaks; of another schedule's state, as DeepSpeed's or torch's own, the step alone.
+
+        Raises:
+            ValueError: the state does not say at which step it was saved.
+        """
+        peaks = state_dict.get("peak_lrs")
+        step = state_dict.get("last_batch_iteration", state_dict.get("last_epoch"))
+        if peaks is None and is_number(state_dict.get("last_batch_iteration")):
+            step += 1  # DeepSpeed's own begin with -1
+        if not is_number(step):
+            raise ValueError(
+                f"the scheduler's state holds {', '.join(map(repr, state_dict)) or 'nothing'}, and none of it says at which step "
+                "it was saved (last_batch_iteration, or torch's last_epoch). Load without it (load_lr_scheduler_states=False)"
+            )
+        self.last_batch_iteration = max(0, int(step))
+        if peaks is None:
+            logger.warning(
+                "the checkpoint's schedule is another one than %s: its step, %d, is taken over, its learning rates are not; "
+                "the peaks stay %s",
+                type(self).__name__,
+                self.last_batch_iteration,
+                self.peak_lrs,
+            )
+        else:
+            self.peak_lrs = list(peaks)
         self._set()
 
 

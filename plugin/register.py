@@ -15,6 +15,7 @@ What is changed, and why there is no public door for it (DeepSpeed 0.19.8):
   optimizer of ours, however it was given; afterwards the layer map is attached.
 - ``DeepSpeedEngine.save_checkpoint``, ``load_checkpoint``: a checkpoint says where its layers lie, and can be loaded at any
   layout (see largebatch.checkpoint); afterwards the optimizer's options are those of the ds_config again.
+- ``DeepSpeedEngine.get_mom``: shows the momentum of LARS in the log, where DeepSpeed looks for betas and writes 0.0.
 - ``_update_scale``, ``step`` and ``backward`` of single engines and wrappers under fp16: see largebatch.loss_scale; also
   with torch.optim's SGD, Adam and AdamW, whose stray first step at stage 0 is undone, too.
 - ``lr_schedules``: our schedulers become attributes, where DeepSpeed looks their names up, and are listed in
@@ -63,6 +64,7 @@ REQUIRED_ENGINE_METHODS = (
     "_configure_optimizer",
     "save_checkpoint",
     "load_checkpoint",
+    "get_mom",
 )
 
 
@@ -167,6 +169,7 @@ def wrap_engine(engine_class: type) -> None:
     check_optimizer = engine_class._do_optimizer_sanity_check
     configure = engine_class._configure_optimizer
     load = loading_any_layout(engine_class.load_checkpoint)
+    get_mom = engine_class.get_mom
 
     @functools.wraps(configure_basic)
     def _configure_basic_optimizer(self, model_parameters):
@@ -205,6 +208,13 @@ def wrap_engine(engine_class: type) -> None:
             self.basic_optimizer.restore_configuration()
         return result
 
+    @functools.wraps(get_mom)
+    def momentum_or_betas(self):
+        if isinstance(getattr(self, "basic_optimizer", None), LARS):
+            return self._get_optimizer_param("momentum")
+        return get_mom(self)
+
+    engine_class.get_mom = momentum_or_betas
     engine_class._configure_basic_optimizer = _configure_basic_optimizer
     engine_class._do_optimizer_sanity_check = _do_optimizer_sanity_check
     engine_class._configure_optimizer = _configure_optimizer

@@ -49,12 +49,13 @@ def loading_any_layout(load: Callable[..., Any]) -> Callable[..., Any]:
         is_weights_only = bound.arguments["load_module_only"]
         with_optimizer = bound.arguments["load_optimizer_states"] and not is_weights_only
         saved = to_be_resharded(self, bound.arguments["load_dir"], bound.arguments["tag"], with_optimizer)
-        if saved is None:
+        is_by_hand = bound.arguments["custom_load_fn"] is not None
+        if saved is None or (is_weights_only and is_deepspeeds(self, saved, is_by_hand)):
             path, client_state = load(self, *args, **kwargs)
             if isinstance(client_state, dict):
                 client_state.pop(KEY, None)
             return path, client_state
-        if bound.arguments["custom_load_fn"] is not None:
+        if is_by_hand:
             raise ValueError(
                 "custom_load_fn is given, and it knows one layout only; leave it out, or load at the saved layout"
             )
@@ -70,6 +71,17 @@ def loading_any_layout(load: Callable[..., Any]) -> Callable[..., Any]:
         return os.path.join(saved.path, saved.model_file(0)), client_state
 
     return load_checkpoint
+
+
+def is_deepspeeds(engine: Any, saved: SavedCheckpoint, is_by_hand: bool) -> bool:
+    """Whether weights alone are for DeepSpeed to load: up to stage 2 they lie in one file, as the model's state_dict.
+
+    That is so for a function of the caller's own, and where there is no more than that file. Otherwise the fp32 masters are
+    taken, which are more exact, and frozen parameters may be others than they were.
+    """
+    if max(saved.layout.zero_stage, engine.zero_optimization_stage()) == 3:
+        return False
+    return is_by_hand or bool(saved.missing_files())
 
 
 def to_be_resharded(engine: Any, folder: str, tag: Any, with_optimizer: bool = True) -> SavedCheckpoint | None:

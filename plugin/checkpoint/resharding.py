@@ -88,7 +88,8 @@ def load(
         engine: with an optimizer whose wrapper is known; it need not be fresh.
         with_optimizer, with_scheduler, with_counters: as DeepSpeed's load_optimizer_states, load_lr_scheduler_states, and
             the opposite of load_module_only.
-        is_strict: parameters outside the optimizer have to be there, too.
+        is_strict: all parameters have to be there. If not, and without the optimizer, those that are not there stay as they
+            are and are named in the log.
 
     Returns:
         The client state that was given when the checkpoint was saved, and DeepSpeed's own entries.
@@ -101,7 +102,8 @@ def load(
     current = describe(engine)
     optimizer, stepped = engine.basic_optimizer, stepped_tensors(engine)
     with raise_together(f"{saved.path!r} cannot be loaded"):
-        check_exchange(saved, current, with_optimizer)
+        check_exchange(saved, current)
+        check_layers(engine, saved, current, with_optimizer=with_optimizer, is_strict=is_strict)
         states, shard = saved.model_states(), saved.optimizer(0)
         layer_states = saved.layer_states(shard) if with_optimizer else {}
         scalars = [
@@ -122,9 +124,14 @@ def load(
                 for name, (state, source) in make_state(optimizer, tensor, layers, scalars[position]).items():
                     flats[name], sources[name] = views.of(state), source
             targets += targets_in(tensor, cut, flats, sources)
-        fill(targets, saved)
+        frozen = [
+            Target(name, *slice_of_frozen(p), {MASTER: MASTER})
+            for p, name in engine.param_names.items()
+            if name not in current.shapes
+        ]
+        fill([*targets, *frozen], saved, is_strict)
         views.write_back()
-        restore_module(engine, saved, states, is_strict)
+        restore_buffers(engine, states)
     for group, values in zip(optimizer.param_groups, options, strict=with_optimizer):
         group.update(values)
     if with_optimizer and shard.loss_scale and current.precision == saved.layout.precision == "fp16":
@@ -157,7 +164,7 @@ class ElementViews:
             tensor.copy_(copy.view(tensor.shape))
 
 
-def check_exchange(saved: SavedCheckpoint, current: EngineLayout, with_optimizer: bool) -> None:
+def check_exchange(saved: SavedCheckpoint, current: EngineLayout) -> None:
     """Raises ValueError for what is known to be impossible before anything is changed."""
     for whose, layout in (("saved with", saved.layout), ("to be loaded into", current)):
         if layout.obstacle:
@@ -165,19 +172,6 @@ def check_exchange(saved: SavedCheckpoint, current: EngineLayout, with_optimizer
                 f"{saved.path!r} was saved at {saved.layout} and is loaded at {current}; it is {whose} {layout.obstacle}, "
                 "which can only be loaded as it was saved. Use the layout that it was saved in"
             )
-    ours, theirs = current.shapes, saved.layout.shapes
-    if ours != theirs:
-        wrong = [f"{name} is not in the checkpoint" for name in ours if name not in theirs]
-        wrong += [f"{name} is not trained here" for name in theirs if name not in ours]
-        wrong += [
-            f"{name} has shape {ours[name]} here and {theirs[name]} there"
-            for name in ours
-            if name in theirs and ours[name] != theirs[name]
-        ]
-        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(f"{saved.path!r} holds other layers than the model: {', '.join(wrong[:3])}{more}")
-    if with_optimizer:
-        check_optimizers(saved.layout.optimizer, current.optimizer, saved.path)
     missing = saved.missing_files()
     if missing:
         more = f" and {len(missing) - 2} more" if len(missing) > 2 else ""
@@ -185,6 +179,32 @@ def check_exchange(saved: SavedCheckpoint, current: EngineLayout, with_optimizer
             f"{saved.path!r} was saved at {saved.layout}, and {', '.join(missing[:2])}{more} are not there. Another layout needs "
             "the files of all ranks: copy those of the other nodes into one folder that all ranks see"
         )
+
+
+def check_layers(
+    engine: Any, saved: SavedCheckpoint, current: EngineLayout, *, with_optimizer: bool, is_strict: bool
+) -> None:
+    """Raises ValueError where the layers are others: those that are trained, or for weights alone all parameters."""
+    ours, theirs = dict(current.shapes), dict(saved.layout.shapes)
+    if with_optimizer:
+        check_optimizers(saved.layout.optimizer, current.optimizer, saved.path)
+    else:
+        ours |= {name: tuple(getattr(p, "ds_shape", p.shape)) for p, name in engine.param_names.items()}
+        frozen = saved.frozen_shapes()
+        theirs |= {name: shape for name, shape in frozen.items() if name in ours and name not in theirs}
+    wrong = []
+    if with_optimizer or is_strict:
+        wrong += [f"{name} is not in the checkpoint" for name in ours if name not in theirs]
+        wrong += [f"{name} is not {'trained ' * with_optimizer}here" for name in theirs if name not in ours]
+    wrong += [
+        f"{name} has shape {ours[name]} here and {theirs[name]} there"
+        for name in ours
+        if name in theirs and ours[name] != theirs[name]
+    ]
+    if wrong:
+        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        hint = "" if with_optimizer or not is_strict else ". load_module_strict=False takes the layers that are in both"
+        raise ValueError(f"{saved.path!r} holds other layers than the model: {', '.join(wrong[:3])}{more}{hint}")
 
 
 def targets_in(
@@ -196,11 +216,11 @@ def targets_in(
         yield Target(cut.layers[s.layer], s.layer_start, views, sources)
 
 
-def fill(targets: list[Target], saved: SavedCheckpoint) -> None:
+def fill(targets: list[Target], saved: SavedCheckpoint, is_strict: bool) -> None:
     """Copies what the files hold into the targets, opening only those that hold something of them.
 
     Raises:
-        RuntimeError: the files do not hold every element of a target exactly once.
+        RuntimeError: the files do not hold every element of a target exactly once; or none, if ``is_strict``.
     """
     wanted: dict[str, list[Target]] = {}
     for target in targets:
@@ -211,7 +231,16 @@ def fill(targets: list[Target], saved: SavedCheckpoint) -> None:
         for piece in saved.pieces(shard):
             for target in wanted.get(piece.layer, ()):
                 target.take(piece)
-    check_filled(targets, saved.path)
+    outside = [name for name in wanted if name not in saved.layout.shapes]  # no optimizer stepped them
+    for shard in range(saved.num_model_files if outside else 0):
+        for piece in saved.frozen_pieces(shard, outside):
+            for target in wanted[piece.layer]:
+                target.take(piece)
+    absent = [name for name in wanted if not any(t.num_filled for t in wanted[name] if t.numel)]
+    absent = [name for name in absent if any(t.numel for t in wanted[name])]
+    if absent and not is_strict:
+        logger.warning("%r does not hold %s; they stay as they are", saved.path, ", ".join(absent))
+    check_filled([t for t in targets if is_strict or t.layer not in absent], saved.path)
 
 
 def holds_any(layout: EngineLayout, shard: int, wanted: dict[str, list[Target]]) -> bool:
@@ -233,21 +262,11 @@ def check_filled(targets: Iterable[Target], path: str) -> None:
             )
 
 
-def restore_module(engine: Any, saved: SavedCheckpoint, states: dict[str, Any], is_strict: bool) -> None:
-    """The module's buffers and the parameters that no optimizer steps."""
-    module, stepped = states["module"], set(saved.layout.shapes)
+def restore_buffers(engine: Any, states: dict[str, Any]) -> None:
     persistent = engine.module.state_dict()
     for name, buffer in engine.module.named_buffers():
-        if name in persistent and name in module:
-            buffer.copy_(module[name])
-    names = {name: p for p, name in engine.param_names.items() if name not in stepped}
-    targets = [Target(name, *slice_of_frozen(p), {MASTER: MASTER}) for name, p in names.items()]
-    for shard in range(saved.num_model_files if targets else 0):
-        for piece in saved.frozen_pieces(shard, list(names)):
-            for target in targets:
-                if target.layer == piece.layer:
-                    target.take(piece)
-    check_filled([t for t in targets if is_strict or t.num_filled], saved.path)
+        if name in persistent and name in states["module"]:
+            buffer.copy_(states["module"][name])
 
 
 def slice_of_frozen(parameter: Tensor) -> tuple[int, dict[str, Tensor]]:

@@ -143,6 +143,13 @@ class SavedCheckpoint:
                 tensors = {name: tensor[s.start : s.stop] for name, tensor in flats.items()}
                 yield Piece(cut.layers[s.layer], s.layer_start, tensors)
 
+    def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of what frozen_pieces may give: up to stage 2 everything in the model's state_dict."""
+        states = self.model_states()
+        if self.layout.zero_stage < 3:
+            return {name: tuple(v.shape) for name, v in states["module"].items() if isinstance(v, Tensor)}
+        return {name: tuple(shape) for name, shape in (states.get("frozen_param_shapes") or {}).items()}
+
     def frozen_pieces(self, shard: int, names: list[str]) -> Iterator[Piece]:
         """Of the parameters that no optimizer steps; under ZeRO 3 each file has a slice of them."""
         states = self.model_states(shard)

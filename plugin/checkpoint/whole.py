@@ -123,7 +123,7 @@ def read_layers(
         state[name] = {back.get(n, n): t for n, t in tensors.items()}
         if saved.layout.optimizer != "LARS" or torch.bfloat16 in kept.values():  # else a placeholder
             state[name] |= layer.scalars
-    fill(targets, saved)
+    fill(targets, saved, is_strict=True)
     return weights, state
 
 

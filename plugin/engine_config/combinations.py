@@ -170,6 +170,18 @@ def check_scheduler(config: Mapping[str, Any]) -> None:
                 reject(f"scheduler.params.{key}", value, "finite numbers")
 
 
+OTHERS_TYPES = {
+    "onebitlamb": 'LAMB (exact under ZeRO; it sends gradients whole, so drop "freeze_step" and what else is about compression)',
+    "fusedlamb": 'LAMB with "preset": "apex" (apex\'s formula), or "preset": "deepspeed" (that of DeepSpeed\'s own)',
+    "nvlamb": 'LAMB with "preset": "apex" and "adapt_undecayed": true',
+    "cpulamb": "LAMB, which runs on CPUs, too",
+    "larc": 'LARS with "preset": "apex"',
+    "larsw": 'LARS with "decoupled_weight_decay": true',
+    "lambw": 'LAMB with "decoupled_weight_decay": true',
+}
+"""Lower-cased types of other packages, and of DeepSpeed where ours do better -> what to write."""
+
+
 def check_optimizer_type(name: Any) -> None:
     """Refuses a type that neither we nor DeepSpeed nor torch have.
 
@@ -181,6 +193,8 @@ def check_optimizer_type(name: Any) -> None:
 
     from largebatch.register import OPTIMIZERS
 
+    if isinstance(name, str) and name.lower() in OTHERS_TYPES:
+        raise ValueError(f"optimizer.type is {name!r}; write {OTHERS_TYPES[name.lower()]}")
     of_torch = getattr(torch.optim, name, None) if isinstance(name, str) else None
     is_of_torch = (
         isinstance(of_torch, type) and issubclass(of_torch, torch.optim.Optimizer) and of_torch is not torch.optim.Optimizer

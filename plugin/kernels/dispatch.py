@@ -9,6 +9,7 @@ import re
 
 import torch
 
+from largebatch.kernels.build import CannotBuildError
 from largebatch.kernels.interface import Kernels
 from largebatch.kernels.reference import ReferenceKernels
 
@@ -56,6 +57,13 @@ def choose(device_type: str, requested: str) -> Kernels:
     return ReferenceKernels()
 
 
+def reason_of(error: Exception) -> str:
+    """An error in one line."""
+    lines = str(error).strip().splitlines()
+    first_line = lines[0] if lines else "no message"
+    return first_line if isinstance(error, CannotBuildError) else f"{type(error).__name__}: {first_line}"
+
+
 def reference(device_type: str) -> Kernels:
     return ReferenceKernels()
 
@@ -63,14 +71,14 @@ def reference(device_type: str) -> Kernels:
 def cpp(device_type: str) -> Kernels:
     if device_type != "cpu":
         raise UnavailableKernelsError(f"kernels 'cpp' work on cpu tensors, not on {device_type} ones; use 'auto'")
-    from largebatch.kernels.build import CannotBuildError
     from largebatch.kernels.cpp_cpu import CppKernels
 
     try:
         return CppKernels()
-    except CannotBuildError as error:
+    except Exception as error:  # whatever compilers, loaders and file systems raise
         raise UnavailableKernelsError(
-            f"kernels 'cpp' cannot be built: {error}. Install a C++ compiler and ninja, or use 'auto' or 'reference'"
+            f"kernels 'cpp' cannot be built: {reason_of(error)}. They need a C++ compiler, ninja, and a folder to keep them in "
+            "(TORCH_EXTENSIONS_DIR); or use 'auto' or 'reference'"
         ) from error
 
 
@@ -80,9 +88,9 @@ def triton(device_type: str) -> Kernels:
         raise UnavailableKernelsError(f"kernels 'triton' work on cuda tensors, not on {device_type} ones; use 'auto'")
     try:
         import triton
-    except ImportError as error:
+    except Exception as error:  # an installation can be broken in any way
         raise UnavailableKernelsError(
-            f"kernels 'triton' need triton, which does not import here ({error}). Install it (it comes with torch for "
+            f"kernels 'triton' need triton, which does not import here ({reason_of(error)}). Install it (it comes with torch for "
             "CUDA on Linux), or use 'auto' or 'reference'"
         ) from error
     version = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2])
@@ -97,9 +105,8 @@ def triton(device_type: str) -> Kernels:
     try:
         probe(torch.device(device_type))
     except Exception as error:  # whatever compilers, drivers and caches raise
-        first_line = (str(error).strip().splitlines() or [""])[0]
         raise UnavailableKernelsError(
-            f"kernels 'triton' cannot be compiled or launched here ({type(error).__name__}: {first_line}). Triton needs a C "
+            f"kernels 'triton' cannot be compiled or launched here ({reason_of(error)}). Triton needs a C "
             "compiler and Python's headers at first use (Debian and Ubuntu: apt-get install gcc python3-dev) and a folder to "
             "write to (TRITON_CACHE_DIR); or use 'auto' or 'reference'"
         ) from error
@@ -112,9 +119,9 @@ def apex(device_type: str) -> Kernels:
     try:
         import amp_C
         from apex.multi_tensor_apply import multi_tensor_applier
-    except ImportError as error:
+    except Exception as error:  # an installation can be broken in any way
         raise UnavailableKernelsError(
-            f"kernels 'apex' need NVIDIA apex built with its CUDA extensions ({error}). See github.com/NVIDIA/apex; it is "
+            f"kernels 'apex' need NVIDIA apex built with its CUDA extensions ({reason_of(error)}). See github.com/NVIDIA/apex; it is "
             "not on PyPI. Or use 'auto' or 'triton'"
         ) from error
     from largebatch.kernels.apex_gpu import ApexKernels

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -15,7 +17,18 @@ from largebatch.layer_map.dtensor import layer_map_of, process_groups_of
 from largebatch.layer_map.partition import Partition
 from largebatch.layer_map.segment import LayerMap, whole_layer
 
+logger = logging.getLogger("largebatch")
+
 ProcessGroups = tuple[dist.ProcessGroup, ...]
+
+
+FLAT_MARKS = {
+    "_fsdp_flattened": "FullyShardedDataParallel (FSDP1)",
+    "_is_flat_param": "FullyShardedDataParallel (FSDP1)",
+    "_is_sharded": "fairscale",
+    "_param_infos": "a wrapper that flattens parameters",
+}
+"""Attribute of a parameter -> who has put it there, and laid the parameter together with others or cut it."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +70,19 @@ class LayerTable:
         self.cut_over: dict[Tensor, dist.ProcessGroup] = {}
 
     def add(self, parameter: Tensor, name: str | None, placeholder: str) -> None:
-        """Takes in a parameter; the model's name for it goes before ``name``, and that before the placeholder."""
+        """Takes in a parameter; the model's name for it goes before ``name``, and that before the placeholder.
+
+        Raises:
+            ValueError: the parameter says that it is not a layer but a part of some.
+        """
+        for mark, owner in FLAT_MARKS.items():
+            if getattr(parameter, mark, None):
+                raise ValueError(
+                    f"{name or placeholder} is flattened or cut by {owner} and is no whole layer, so its norm would be wrong; use "
+                    "fully_shard (FSDP2), DDP or DeepSpeed ZeRO, whose layouts are known. In Accelerate: fsdp_version 2"
+                )
         if name is not None:
-            self.identities.setdefault(parameter, ParameterIdentity(name))
+            self.identities.setdefault(parameter, ParameterIdentity(name, num_dimensions=parameter.ndim))
         self.policies[parameter] = policy_of(self.identities.get(parameter), placeholder, **self.exclusions)
 
     def learn_names(self, model: nn.Module) -> None:
@@ -70,7 +93,7 @@ class LayerTable:
                 self.add(parameter, None, identity.name)
 
     def check_exclusions_match(self) -> None:
-        """Raises ValueError for a regular expression that no parameter's name matches."""
+        """Raises ValueError for a regular expression that no parameter's name matches, and tells of likely norms that stay in."""
         names = [policy.name for policy in self.policies.values()]
         for option, patterns in self.exclusions.items():
             for pattern in patterns:
@@ -79,6 +102,40 @@ class LayerTable:
                         f"{option} has {pattern!r}, which matches no parameter name; the names are "
                         f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
                     )
+        likely = [i.name for p, i in self.identities.items() if p in self.policies and i.may_be_norm]
+        for option, patterns in self.exclusions.items():
+            if likely and "norm" in patterns:
+                more = f" and {len(likely) - 5} more" if len(likely) > 5 else ""
+                logger.warning(
+                    "%s has 'norm', and %s%s stayed in: neither type nor name says that their module is a normalisation. If it "
+                    "is one, name it by a regular expression",
+                    option,
+                    ", ".join(likely[:5]),
+                    more,
+                )
+
+    def check_are_layers(self) -> None:
+        """Raises ValueError for parameters that look like slices of one buffer.
+
+        A view of a larger storage may be a whole layer, as recurrent layers are on GPUs, where matrices and biases share one. It
+        is taken for a slice where all parameters in its storage have one dimension, and no model says that they are its own.
+        """
+        by_storage: dict[int, list[Tensor]] = {}
+        for parameter in self.policies:
+            if not isinstance(parameter, DTensor) and parameter.layout is torch.strided and parameter.numel():
+                by_storage.setdefault(parameter.untyped_storage()._cdata, []).append(parameter)
+        for parameters in by_storage.values():
+            identity = self.identities.get(parameters[0])
+            is_models = identity is not None and identity.kinds is not None
+            num_bytes = parameters[0].numel() * parameters[0].element_size()
+            is_view = parameters[0].untyped_storage().nbytes() > num_bytes
+            if is_view and not is_models and all(parameter.ndim == 1 for parameter in parameters):
+                names = [self.policies[parameter].name for parameter in parameters]
+                raise ValueError(
+                    f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''} is a view of a larger buffer, as flattened and "
+                    "sharded parameters are; expected whole layers, because norms of slices would be wrong. If it is a whole "
+                    "layer all the same, pass model= with the module that has it"
+                )
 
     def attach(self, partitions: Mapping[Tensor, Partition], cut_over: Mapping[Tensor, dist.ProcessGroup]) -> None:
         """Takes in the flat tensors that stand for parameters, and the groups over which parameters are cut themselves."""

@@ -13,7 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from largebatch.config import GlobalOptions, SharedOptions, check_option_names, check_preset
+from largebatch.config import (
+    GlobalOptions,
+    SharedOptions,
+    UnknownOptionError,
+    check_option_names,
+    check_preset,
+    nearest_hint,
+)
 from largebatch.exclusion import LayerPolicy
 from largebatch.kernels import dispatch
 from largebatch.kernels.interface import LayerFigures, Segments
@@ -24,6 +31,7 @@ from largebatch.optim.calls import Call, sums_over_ranks
 from largebatch.optim.layer_table import LayerTable
 from largebatch.optim.plan import GroupPlan, plan_group
 from largebatch.optim.state import (
+    check_is_own,
     check_same_meaning,
     fill_state,
     has_checkpoint_names,
@@ -42,6 +50,9 @@ def on_first_use(count: Tensor | None, device: torch.device) -> Tensor:
     """A 0-dim int64 counter on the device: the given one, or a new one at zero."""
     return torch.zeros((), dtype=torch.int64, device=device) if count is None else count.to(device)
 
+
+ALL_BUT_EQUAL = 0.85
+"""difflib's ratio from which a name is taken for a misspelt one: "weight_dcay", "beta", "Momentum"; not "weight_decay_mult"."""
 
 GLOBAL_OPTIONS = tuple(field.name for field in fields(GlobalOptions))
 
@@ -70,6 +81,21 @@ def fills_from_preset(init: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
+def as_a_whole(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates step() so that torch.compile calls it and does not look inside, where it would take addresses for constants.
+
+    The hooks that torch puts around a step lie inside, too; a mark tells torch that they are there. Under ``fullgraph=True``,
+    which allows nothing that is not in the graph, torch raises and shows the reason given here.
+    """
+    has_reason = "reason" in inspect.signature(torch.compiler.disable).parameters  # from torch 2.7 on
+    reason = (
+        {"reason": "a step of largebatch runs kernels of its own; compile forward and backward"} if has_reason else {}
+    )
+    hooked = torch.compiler.disable(torch.optim.Optimizer.profile_hook_step(step), **reason)
+    hooked.hooked = True
+    return hooked
+
+
 class LayerwiseOptimizer(torch.optim.Optimizer):
     """Base of LARS, LAMB, N-LAMB and NN-LAMB. Subclasses name a rule and its options; they do not override step().
 
@@ -87,9 +113,8 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
     """torch.amp.GradScaler leaves the unscaling to step(), which does it where it reads the gradients anyway."""
 
     def __init__(self, params, options: dict[str, Any], model: nn.Module | None):
-        options = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
         global_options = GlobalOptions(**{name: options.pop(name) for name in GLOBAL_OPTIONS})
-        self.options_class(**options)
+        options = vars(self.options_class(**options)).copy()
         self.max_grad_norm = global_options.max_grad_norm
         self.kernels = global_options.kernels
         self.state_dtype = global_options.state_dtype
@@ -105,6 +130,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         self._num_skipped: Tensor | None = None
         self._num_skipped_layers: Tensor | None = None
         super().__init__(params, options)
+        self._table.check_are_layers()
         self._table.check_exclusions_match()
 
     @classmethod
@@ -129,23 +155,37 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """See torch.optim.Optimizer. Options given in the group are checked like the constructor's."""
-        for name in GLOBAL_OPTIONS:
-            if name in param_group:
-                raise ValueError(f"{name} holds for all param groups together; give it to {type(self).__name__} itself")
+        self._check_group_names(param_group)
+        options = self._group_options(self.defaults | param_group)  # before anything is added
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        self._group_options(group)
+        group.update(vars(options))
         names = group.get("param_names", [None] * len(group["params"]))
         for i, (parameter, name) in enumerate(zip(group["params"], names, strict=True)):
             if parameter.is_complex():
                 raise TypeError(f"complex parameters are not supported; parameter {i} is {parameter.dtype}")
             self._table.add(parameter, name, f"group{len(self.param_groups) - 1}.param{i}")
 
+    def _check_group_names(self, group: dict[str, Any]) -> None:
+        """Raises ValueError for an option that holds for all groups, UnknownOptionError for one that is all but spelt right.
+
+        Other keys are the caller's own, as torch allows them: "name", "initial_lr", "lr_scale".
+        """
+        for name in (*GLOBAL_OPTIONS, "preset", "model"):
+            if name in group:
+                raise ValueError(f"{name} holds for all param groups together; give it to {type(self).__name__} itself")
+        known = [field.name for field in fields(self.options_class)]
+        for name in group:
+            hint = nearest_hint(name, known, nearness=ALL_BUT_EQUAL)
+            if name not in (*known, "params", "param_names") and hint:
+                raise UnknownOptionError(f"a param group has {name!r}, which {type(self).__name__} does not know{hint}")
+
     def _group_options(self, group: dict[str, Any]) -> Any:
         return self.options_class(**{field.name: group[field.name] for field in fields(self.options_class)})
 
     # --- the step ---------------------------------------------------------------------------------------------------
 
+    @as_a_whole
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None):
         """Takes one optimizer step; see the class for what happens to gradients that are not finite.
@@ -431,21 +471,54 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See torch.optim.Optimizer. Accepts the state names of a sharded engine's checkpoints, too.
 
+        Options that the saved groups lack, as those of an older version do, stay as they are here.
+
         Raises:
-            ValueError: the state was made under a formula in which the same buffer means something else.
+            ValueError: the state is another optimizer's, or was made under a formula in which the same buffer means something
+                else.
         """
-        check_same_meaning(state_dict["param_groups"], self.param_groups)
-        names = self.checkpoint_names
-        states = {
-            i: with_own_names(s, names) if has_checkpoint_names(s, names) else s for i, s in state_dict["state"].items()
-        }
-        super().load_state_dict(state_dict | {"state": states})
+        given: dict[str, Any] = {}
+
+        def before(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+            given.update(self._as_own_state_dict(state_dict))
+            return given
+
+        # inside the hooks of others: after those that change what is loaded, before those that look at what was loaded
+        hooks = [
+            self.register_load_state_dict_pre_hook(before),
+            self.register_load_state_dict_post_hook(lambda _: self._restore_dtypes(given), prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
         self._plans = {}
-        # torch casts state to the dtype of the parameter; ours is fp32 under bf16 and fp16 parameters
+
+    def _as_own_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A state dict under our own names, with all options, once it is seen to be of this kind of optimizer."""
+        names, groups = self.checkpoint_names, state_dict["param_groups"]
+        check_is_own(
+            state_dict, names, [self.make_rule(self._group_options(group)) for group in self.param_groups], type(self)
+        )
+        check_same_meaning(groups, self.param_groups)
+        options = [field.name for field in fields(self.options_class)]
+        here = [{name: group[name] for name in options} for group in self.param_groups]
+        saved_ids = {i for group in groups for i in group["params"]}
+        states = {
+            i: with_own_names(state, names) if i in saved_ids and has_checkpoint_names(state, names) else state
+            for i, state in state_dict["state"].items()
+        }
+        if len(groups) == len(here):  # else torch says what is wrong
+            groups = [own | saved for own, saved in zip(here, groups, strict=True)]
+        return state_dict | {"state": states, "param_groups": groups}
+
+    def _restore_dtypes(self, state_dict: dict[str, Any]) -> None:
+        """torch casts state to the dtype of the parameter; ours is fp32 under bf16 and fp16 parameters."""
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
         for saved_id, tensor in zip(saved_ids, tensors, strict=True):
-            for name, value in states.get(saved_id, {}).items():
+            for name, value in state_dict["state"].get(saved_id, {}).items():
                 if isinstance(value, Tensor):
                     dtype = torch.float32 if name == "step" else state_dtype_of(tensor, self.state_dtype)
                     self.state[tensor][name] = value.to(tensor.device, dtype, copy=True)

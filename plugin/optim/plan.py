@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from largebatch.config import LEARNING_RATE, SharedOptions
+from largebatch.config import LEARNING_RATE, SharedOptions, as_python
 from largebatch.layer_map.dtensor import local_gradient, local_part
 from largebatch.optim.calls import Call
 from largebatch.rules.rule import Rule
@@ -49,6 +49,11 @@ class PlainObjects:
 
 
 PLAIN_OBJECTS = PlainObjects()
+
+
+def option_values(group: Mapping[str, Any], names: tuple[str, ...]) -> list[Any]:
+    """As they are compared from step to step: a list that a schedule writes into is another one then."""
+    return [as_python(group[name]) for name in names]
 
 
 def place_of(parameter: Tensor) -> tuple:
@@ -94,9 +99,9 @@ class GroupPlan:
             return False
         if any(parameter.grad is not None for parameter in self.without_grad):
             return False
-        if [group[name] for name in self.option_names] != self.option_values and not self.renew_options():
+        if option_values(group, self.option_names) != self.option_values and not self.renew_options():
             return False
-        lr = group["lr"]
+        lr = group["lr"] if isinstance(group["lr"], Tensor) else as_python(group["lr"])
         LEARNING_RATE("lr", lr)
         for call in self.calls:
             call.segments.lr = lr
@@ -109,7 +114,7 @@ class GroupPlan:
         options, rule = self.options_and_rule(self.group)
         if not all(call.renew_options(options, rule) for call in self.calls):
             return False
-        self.option_values = [self.group[name] for name in self.option_names]
+        self.option_values = option_values(self.group, self.option_names)
         return True
 
     def collect_gradients(self) -> bool:
@@ -153,7 +158,7 @@ def plan_group(
         group,
         params,
         option_names,
-        [group[name] for name in option_names],
+        option_values(group, option_names),
         options_and_rule,
         without_grad,
         list(optimizer_state.values()),

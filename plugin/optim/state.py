@@ -89,6 +89,38 @@ def with_own_names(state: Mapping[str, Any], names: Mapping[str, str]) -> dict[s
     return {own: state[other] for own, other in names.items() if other in state}
 
 
+OTHERS_OPTIONS = (
+    "amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused", "dampening",
+    "grad_averaging", "trust_coeff", "max_coeff", "min_coeff", "trust_clip", "always_adapt",
+)  # fmt: skip
+"""In the param groups of torch.optim, apex, timm and DeepSpeed, and never in ours."""
+
+
+def check_is_own(
+    state_dict: Mapping[str, Any], names: Mapping[str, str], rules: Sequence[Rule], optimizer_class: type
+) -> None:
+    """Raises ValueError for the state of another optimizer, whose buffers have other names or another meaning.
+
+    Args:
+        names: our state names -> those of a sharded engine's checkpoints. rules: of the optimizer's param groups.
+    """
+    options = [name for group in state_dict["param_groups"] for name in OTHERS_OPTIONS if name in group]
+    ids = {i for group in state_dict["param_groups"] for i in group["params"]}
+    needed = {name for rule in rules for name in rule.elementwise_state}
+    others = [
+        state
+        for i, state in state_dict["state"].items()
+        if i in ids and state and not needed <= set(state) and not has_checkpoint_names(state, names)
+    ]
+    if options or others:
+        what = f"a param group with {options[0]!r}" if options else f"state named {', '.join(map(str, others[0]))}"
+        raise ValueError(
+            f"the state dict holds {what}, and {optimizer_class.__name__} has {', '.join(sorted(needed))}: it is another "
+            "optimizer's. `largebatch convert` makes ours of the state of torch, apex, timm and DeepSpeed; or take over the "
+            "weights alone"
+        )
+
+
 def check_same_meaning(saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]]) -> None:
     """Raises ValueError if the state was made under a formula in which the same buffer means something else."""
     for saved, group in zip(saved_groups, groups, strict=False):

@@ -520,6 +520,63 @@ def test_without_a_compiler_auto_takes_the_reference_and_says_why(monkeypatch, t
             cache.cache_clear()
 
 
+@pytest.fixture
+def nothing_chosen():
+    """No backend chosen yet, during the test and after it."""
+    from largebatch.kernels import build
+
+    caches = (build.cpu_kernels, build.openmp_flags, dispatch.choose)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+def in_a_folder_that_cannot_be_made(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/proc/x")
+
+
+def in_a_file(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
+
+
+def with_a_damaged_library(monkeypatch, tmp_path):
+    from largebatch.kernels import build
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    build.cache_folder().mkdir(parents=True)
+    (build.cache_folder() / f"{build.NAME}.so").write_bytes(b"no library")
+
+
+def with_a_compiler_that_is_no_program(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    (tmp_path / "cxx").write_text("#!/no/such/interpreter\n")
+    (tmp_path / "cxx").chmod(0o755)
+    monkeypatch.setenv("CXX", str(tmp_path / "cxx"))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [in_a_folder_that_cannot_be_made, in_a_file, with_a_damaged_library, with_a_compiler_that_is_no_program],
+    ids=lambda f: f.__name__,
+)
+def test_whatever_keeps_the_compiled_kernels_away_leaves_the_reference(
+    nothing_chosen, monkeypatch, tmp_path, caplog, spoil
+):
+    """By "auto" with a word in the log, and a step is taken; an explicit request is one clear error in one line."""
+    spoil(monkeypatch, tmp_path)
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    largebatch.LAMB([weight], lr=0.1).step()
+    assert not torch.equal(weight, torch.ones(3))
+    assert "auto took 'reference' (slower) for cpu tensors, because kernels 'cpp' cannot be built" in caplog.text
+    with pytest.raises(dispatch.UnavailableKernelsError, match="kernels 'cpp' cannot be built: ") as caught:
+        largebatch.LAMB([weight], lr=0.1, kernels="cpp").step()
+    assert "\n" not in str(caught.value)
+
+
 def test_a_failed_build_leaves_nothing_half_done(monkeypatch, tmp_path):
     from largebatch.kernels import build
 

@@ -38,7 +38,7 @@ def gpu(monkeypatch):
     with pretend_gpu(monkeypatch) as gpu:
 
         def stubbed(kernel, grid):
-            return lambda **arguments: gpu.launched(kernel.fn.__name__, arguments)
+            return lambda *args, **arguments: gpu.launched(kernel.fn.__name__, (args, arguments))
 
         monkeypatch.setattr(type(triton_kernels.first_kernel), "__getitem__", stubbed)
         backends = {"reference": ReferenceKernels(), "auto": triton_gpu.TritonKernels()}

@@ -104,3 +104,64 @@ def test_excluded_layers_really_are_not_adapted_or_decayed():
     stats = optimizer.layer_stats()
     assert stats["bias"]["trust_ratio"] == 1.0 and stats["bias"]["weight_decay"] == 0.0
     assert stats["weight"]["trust_ratio"] != 1.0 and stats["weight"]["weight_decay"] == 0.1
+
+
+class GatedNorm(nn.Module):
+    """Called norm in the model, by its class alone no norm."""
+
+    def __init__(self, ndim=1):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(*(4,) * ndim))
+
+
+def named(name, base=GatedNorm):
+    return type(name, (base,), {})
+
+
+def model_with(attribute, module):
+    model = nn.Module()
+    model.mixer = nn.Module()
+    model.mixer.linear = nn.Linear(4, 4)
+    setattr(model.mixer, attribute, module)
+    return model
+
+
+@pytest.mark.parametrize(
+    "attribute, module, is_norm",
+    [
+        ("norm", named("MambaRMSNormGated")(), True),
+        ("scale", named("MambaRMSNormGated")(), True),
+        ("scale", named("RMSNormGated")(), True),
+        ("scale", named("LayerNormWithoutBias")(), True),
+        ("scale", named("Qwen3NextRMSNormGated")(), True),
+        ("norm", named("Gate")(), True),
+        ("ln_1", named("Gate")(), True),
+        ("gate", named("Gate")(), False),
+        ("norm", nn.Linear(4, 4), False),
+        ("norm", named("Gate")(ndim=2), False),
+        ("scale", named("NormalizedLinear")(), False),
+        ("scale", named("NormalPrior")(), False),
+        ("scale", named("WeightNormLinear")(), False),
+        ("scale", named("SpectralNormConv")(), False),
+    ],
+    ids=lambda v: type(v).__name__ if isinstance(v, nn.Module) else str(v),
+)
+def test_norms_by_type_or_by_name(attribute, module, is_norm):
+    """A class of anybody's own is a norm if its name says so, or its module's name; a matrix is none."""
+    model = model_with(attribute, module)
+    optimizer = largebatch.LAMB(model.parameters(), model=model, exclude_from_adaptation=["norm"])
+    excluded = {policy.name for policy in optimizer.excluded_layers}
+    assert (f"mixer.{attribute}.weight" in excluded) == is_norm
+    assert "mixer.linear.weight" not in excluded
+
+
+def test_a_likely_norm_that_stays_in_is_named(caplog):
+    model = model_with("prenormalizer", named("Gate")())
+    with caplog.at_level("WARNING", logger="largebatch"):
+        largebatch.LAMB(model.parameters(), model=model, exclude_from_weight_decay=["norm"])
+    assert "exclude_from_weight_decay has 'norm', and mixer.prenormalizer.weight stayed in" in caplog.text
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="largebatch"):
+        largebatch.LAMB(model.parameters(), model=model)
+        largebatch.LAMB(model.parameters(), model=model, exclude_from_weight_decay=["bias"])
+    assert not caplog.text
