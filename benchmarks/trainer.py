@@ -5,7 +5,8 @@
 
 Both run in one process on one device, one rank, in turns: a round is so many optimizer steps of each, and the medians over
 the rounds are compared. The trainer's part is its own loop with its reports, metrics file and TensorBoard, on a DeepSpeed
-engine; the other one keeps the images on the device, normalises them, and calls torch.optim. The goal is a ratio of 0.97.
+engine; the other one keeps the images and their order on the device, normalises them, and calls torch.optim. Neither waits for
+a GPU on the way (tests/unit/test_no_waits.py). The goal is a ratio of 0.97.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from harness import interleaved
 
 from largebatch.launch import train
 from largebatch.launch.arguments import parse_arguments
+from largebatch.launch.inputs.data_set import Images
 from largebatch.launch.ports import free_port
 from largebatch.launch.step_reports import Speed
 from largebatch.launch.training_loop import TrainingLoop
@@ -88,6 +90,8 @@ def bare_steps(loop: TrainingLoop, num_steps: int, arguments: argparse.Namespace
     micro_batch, accumulation_steps = arguments.micro_batch, arguments.accumulation_steps
     mean, std = (torch.tensor(v, device=loop.device).view(-1, 1, 1) for v in (data.mean, data.std))
     order = torch.randperm(len(source))
+    if isinstance(source, Images):
+        order = order.to(loop.device)
     position = 0
 
     def next_batch():

@@ -16,6 +16,7 @@ from largebatch.config import nearest_hint
 from largebatch.launch.inputs.sample_order import SampleOrder, micro_batch_ranges
 from largebatch.launch.inputs.sentence_pairs import PairBatch, SentencePairs
 from largebatch.launch.inputs.text import TextOptions, load_text
+from largebatch.launch.transfers import uploaded
 from largebatch.models.registry import TEXT_BUILDERS, check_model
 
 EVALUATION_BATCH = 64
@@ -87,8 +88,8 @@ class Pretraining:
 
         def make(numbers: range) -> PairBatch:
             indices = order.indices(numbers.start, numbers.stop).tolist()
-            batch = self.train.batch(indices, seed=seed, numbers=list(numbers))
-            return PairBatch(*(t.pin_memory() for t in batch)) if device.type == "cuda" else batch
+            batch = self.train.batch(indices, seed=seed, numbers=list(numbers)).without_idle_mask()
+            return batch.pinned() if device.type == "cuda" else batch
 
         with ThreadPoolExecutor(max_workers=1) as pool:
             pending = deque(pool.submit(make, next(ranges)) for _ in range(BATCHES_AHEAD))
@@ -113,8 +114,8 @@ class Pretraining:
         model.eval()
         sums = torch.zeros(6, dtype=torch.float64, device=device)
         for numbers, are_counted in evaluation_batches(len(self.test), rank, world_size):
-            batch = self.test.batch(numbers, seed=0, numbers=numbers).to(device)
-            counted = torch.tensor(are_counted, device=device, dtype=torch.float64)
+            batch = self.test.batch(numbers, seed=0, numbers=numbers).without_idle_mask().to(device)
+            counted = uploaded(torch.tensor(are_counted, dtype=torch.float64), device)
             mlm_logits, nsp_logits = forward(model, batch)
             used = (batch.masked_weights > 0) * counted.unsqueeze(1)
             mlm_losses, nsp_losses = losses_from(mlm_logits, nsp_logits, batch)

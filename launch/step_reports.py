@@ -6,10 +6,10 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from largebatch.launch.reporting import Reporter
 from largebatch.launch.task import Task
+from largebatch.launch.transfers import Download
+from largebatch.telemetry import LayerStats, merged
 
 
 @dataclass
@@ -17,15 +17,16 @@ class TakenStep:
     """A step that was enqueued on the device, to be reported once the next one has been, too.
 
     Attributes:
-        agreed: [3 + ranks] fp64 on the device, summed over the ranks: loss, requests to stop, seconds of the step before,
-            then each rank's own time.
-        fields: of its line in the metrics file, known at once. layers: of its layers, or None.
+        agreed: [3 + ranks] fp64, summed over the ranks: loss, requests to stop, seconds of the step before, then each rank's
+            own time.
+        fields: of its line in the metrics file, known at once.
+        layers: figures of its layers, on their way; None if they are not wanted.
     """
 
     step: int
-    agreed: Tensor
+    agreed: Download
     fields: dict[str, Any]
-    layers: dict[str, dict[str, float]] | None
+    layers: list[tuple[tuple[str, ...], Download]] | None
 
 
 @dataclass
@@ -76,13 +77,14 @@ def report_step(
         scalars["loss_scale"] = taken.fields["loss_scale"]
     tagged = {f"Train/{name}": value for name, value in scalars.items()}
     if taken.layers is not None:
-        reporter.event("layers", step=step, layers=taken.layers)
-        for name, figures in taken.layers.items():
+        layers = merged(LayerStats(names, figures.values()) for names, figures in taken.layers)
+        reporter.event("layers", step=step, layers=layers)
+        for name, figures in layers.items():
             tagged[f"TrustRatio/{name}"] = figures["trust_ratio"]
             tagged[f"LocalLR/{name}"] = figures["local_lr"]
             tagged[f"WeightNorm/{name}"] = figures["weight_norm"]
             tagged[f"DirectionNorm/{name}"] = figures["direction_norm"]
-        over_layers = {f"Layers/{key}": [f[key] for f in taken.layers.values()] for key in ("trust_ratio", "local_lr")}
+        over_layers = {f"Layers/{key}": [f[key] for f in layers.values()] for key in ("trust_ratio", "local_lr")}
         reporter.histograms(over_layers, num_samples)
     reporter.scalars(tagged, num_samples)
 

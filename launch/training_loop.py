@@ -18,6 +18,7 @@ from largebatch.launch.running_statistics import averaged_over_ranks
 from largebatch.launch.slow_ranks import OwnTime, SlowRanks
 from largebatch.launch.step_reports import Speed, TakenStep, report_step, speed_name
 from largebatch.launch.task import Task
+from largebatch.launch.transfers import Download, uploaded
 from largebatch.models.batch_norm import GLOBAL
 from largebatch.optim.layerwise import LayerwiseOptimizer
 
@@ -38,8 +39,9 @@ class Outcome:
 class TrainingLoop:
     """One stage of a run, built by train.py.
 
-    A step costs one all-reduce of our own. Its result is looked at after the next step has been enqueued, so that the
-    device never waits for the report.
+    A step costs one all-reduce of our own. Its result is looked at after the next step has been enqueued, and no more than
+    that result is waited for, so that the device always has something to do. Nothing else in a step waits for it but
+    DeepSpeed's own reading of norms and overflows.
 
     Args:
         engine: what deepspeed.initialize returned.
@@ -59,6 +61,7 @@ class TrainingLoop:
         self.interruption = Interruption()
         self.micro_steps_between_polls = 1
         self.taken: TakenStep | None = None
+        self.poll: Download | None = None
         self.is_stopping = False
         self.last_step_seconds = 0.0
         self.last_reported_step: int | None = None
@@ -139,21 +142,23 @@ class TrainingLoop:
         mine = [float(self.interruption.is_requested), self.last_step_seconds] + [0.0] * self.world_size
         mine[2 + self.rank] = self.own_time.take()
         agreed = torch.cat(
-            [loss_sum.view(1) / plan.accumulation_steps, torch.tensor(mine, dtype=torch.float64).to(self.device)]
+            [loss_sum.view(1) / plan.accumulation_steps, uploaded(torch.tensor(mine, dtype=torch.float64), self.device)]
         )
         if self.world_size > 1:
             dist.all_reduce(agreed)
+        result = Download(agreed)
         self._report_taken()
         fields: dict[str, Any] = {"lr": lr, "is_applied": engine.was_step_applied()}
         if engine.fp16_enabled():
             fields["loss_scale"] = engine.optimizer.loss_scale
-        self.taken = TakenStep(step + 1, agreed, fields, self._layers(step + 1))
+        self.taken = TakenStep(step + 1, result, fields, self._layers(step + 1))
         return True
 
     def _is_interrupted(self, micro_step: int) -> bool:
         """Whether any rank was asked to stop; all ranks ask at the same micro-steps.
 
-        A step of less than SECONDS_BETWEEN_POLLS brings the news with its loss; a longer one asks on the way, too.
+        A step of less than SECONDS_BETWEEN_POLLS brings the news with its loss; a longer one asks on the way, too. On a GPU
+        each time looks at the answer of the time before, which is there already.
         """
         if self.is_stopping:
             return True
@@ -162,16 +167,18 @@ class TrainingLoop:
         is_first_step = self.taken is None and self.last_step_seconds == 0
         if micro_step % self.micro_steps_between_polls or (micro_step == 0 and not is_first_step):
             return False
-        flag = torch.tensor(float(self.interruption.is_requested), device=self.device)
+        flag = uploaded(torch.tensor(float(self.interruption.is_requested)), self.device)
         dist.all_reduce(flag)
-        return bool(flag.item())
+        before, self.poll = self.poll, Download(flag)
+        answer = before if self.device.type == "cuda" else self.poll
+        return answer is not None and answer.values().item() > 0
 
     def _report_taken(self) -> None:
-        """Reports the step that was taken last, if that has not been done; waits for the device."""
+        """Reports the step that was taken last, if that has not been done; waits until the device has taken it."""
         if self.taken is None:
             return
         taken, self.taken = self.taken, None
-        loss, num_requests, seconds, *own = taken.agreed.tolist()
+        loss, num_requests, seconds, *own = taken.agreed.values().tolist()
         loss, seconds = loss / self.world_size, seconds / self.world_size
         self.is_stopping = num_requests > 0
         if seconds:  # the mean over the ranks, so the same on all
@@ -195,12 +202,12 @@ class TrainingLoop:
             speed={speed_name(self.task): self.plan.global_batch / self.last_step_seconds},
         )
 
-    def _layers(self, step: int) -> dict[str, dict[str, float]] | None:
-        """Norms and ratios of the layers where this step is one whose are wanted."""
+    def _layers(self, step: int) -> list[tuple[tuple[str, ...], Download]] | None:
+        """Figures of the layers, on their way to the host, where this step is one whose are wanted."""
         optimizer = self.engine.basic_optimizer
         is_due = step % self.plan.section["layer_stats_every_steps"] == 0 or step in (1, self.plan.num_steps)
         if isinstance(optimizer, LayerwiseOptimizer) and is_due and self.rank == 0:
-            return optimizer.layer_stats()
+            return [(stats.names, Download(stats.figures)) for stats in optimizer.layer_stats_on_device()]
         return None
 
     def _evaluate(self, step: int) -> dict[str, float]:
@@ -221,13 +228,14 @@ class TrainingLoop:
     def _report_unreadable(self, step: int) -> None:
         """A line with all samples that no rank could read, once there are new ones. A collective."""
         found = self.task.unreadable
-        counts = torch.tensor([len(found)], device=self.device)
+        num_unreadable, everywhere = len(found), [found]
         if self.world_size > 1:
+            counts = torch.tensor([num_unreadable], device=self.device)
             dist.all_reduce(counts)
-        if counts.item() == self.num_unreadable:
+            num_unreadable = counts.item()
+        if num_unreadable == self.num_unreadable:
             return
-        self.num_unreadable = counts.item()
-        everywhere = [found]
+        self.num_unreadable = num_unreadable
         if self.world_size > 1:
             everywhere = [{} for _ in range(self.world_size)]
             dist.all_gather_object(everywhere, found)

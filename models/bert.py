@@ -36,23 +36,37 @@ class BertPreTraining(nn.Module):
         self.bert, self.cls, self.config = network.bert, network.cls, network.config
 
     def forward(
-        self, tokens: Tensor, segments: Tensor, attention_mask: Tensor, masked_positions: Tensor
+        self, tokens: Tensor, segments: Tensor, attention_mask: Tensor | None, masked_positions: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Scores of the masked tokens and of the pair.
 
         Args:
             tokens: [batch, length] int64, [CLS] A [SEP] B [SEP] and padding.
             segments: [batch, length] int64, 0 for A and 1 for B.
-            attention_mask: [batch, length], 0 for padding, else 1.
+            attention_mask: [batch, length], 0 for padding, else 1; None: no padding.
             masked_positions: [batch, num_masked] int64, where tokens are to be predicted.
 
         Returns:
             [batch, num_masked, vocab_size] and [batch, 2] logits (0: B follows A, 1: B is from elsewhere).
         """
+        if attention_mask is not None and attention_mask.device.type != "cpu":
+            attention_mask = mask_of_pairs(attention_mask)
         outputs = self.bert(tokens, attention_mask=attention_mask, token_type_ids=segments)
         hidden, pooled = outputs.last_hidden_state, outputs.pooler_output
         positions = masked_positions.unsqueeze(2).expand(-1, -1, hidden.shape[2])
         return self.cls(hidden.gather(1, positions), pooled)
+
+
+def mask_of_pairs(attention_mask: Tensor) -> Tensor:
+    """[batch, 1, length, length] bool, which tokens each may look at: what transformers makes of a mask that hides something.
+
+    It looks first whether the mask does, and on a GPU has to wait for the answer at each forward pass; one of this shape
+    it takes as it is.
+
+    Args:
+        attention_mask: [batch, length], 0 for padding.
+    """
+    return attention_mask.bool()[:, None, None, :].expand(-1, 1, attention_mask.shape[1], -1)
 
 
 def build_bert(

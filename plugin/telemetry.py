@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -30,3 +31,8 @@ class LayerStats(NamedTuple):
         """{layer name: {figure: value}} as Python floats. Waits for the device."""
         columns = dict(zip(self.FIGURES, self.figures.tolist(), strict=True))
         return {name: {f: columns[f][i] for f in self.FIGURES} for i, name in enumerate(self.names)}
+
+
+def merged(parts: Iterable[LayerStats]) -> dict[str, dict[str, float]]:
+    """{layer name: {figure: value}} of all parts, a later one before an earlier. Waits for the device."""
+    return {name: figures for stats in parts for name, figures in stats.as_dict().items()}

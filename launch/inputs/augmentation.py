@@ -17,6 +17,7 @@ Mixup (arXiv:1710.09412): each image with its neighbour in the data order, 0 wit
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -27,6 +28,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from largebatch.launch.inputs.random_numbers import integers, uniforms
+from largebatch.launch.transfers import uploaded
 
 Transform = Callable[[Image.Image], Image.Image]
 
@@ -69,7 +71,7 @@ def davidnet(pixels: Tensor, *, mean: tuple[float, ...], seed: int, samples: np.
         CUTOUT_COLUMN: width + 1 - CUTOUT,
     }
     drawn = np.stack([integers(seed, samples, stream, limit) for stream, limit in limits.items()])
-    row, column, is_flipped, hole_row, hole_column = torch.from_numpy(drawn).to(device)
+    row, column, is_flipped, hole_row, hole_column = uploaded(torch.from_numpy(drawn), device)
     # reflection is not there for uint8
     padded = F.pad(pixels.float(), [BORDER] * 4, mode="reflect").to(torch.uint8)
     rows = row.view(-1, 1) + torch.arange(height, device=device)
@@ -79,8 +81,14 @@ def davidnet(pixels: Tensor, *, mean: tuple[float, ...], seed: int, samples: np.
     cropped = padded.permute(0, 2, 3, 1)[images, rows.unsqueeze(2), columns.unsqueeze(1)]
     in_rows = inside(hole_row, height).unsqueeze(2)
     in_columns = inside(hole_column, width).unsqueeze(1)
-    grey = torch.tensor([round(255 * value) for value in mean], dtype=torch.uint8, device=device)
-    return torch.where((in_rows & in_columns).unsqueeze(3), grey, cropped).permute(0, 3, 1, 2)
+    hole = (in_rows & in_columns).unsqueeze(3)
+    return torch.where(hole, whole_pixel(mean, device), cropped).permute(0, 3, 1, 2)
+
+
+@functools.lru_cache(maxsize=16)
+def whole_pixel(shares: tuple[float, ...], device: torch.device) -> Tensor:
+    """[channels] uint8, nearest to shares of 255."""
+    return uploaded(torch.tensor([round(255 * share) for share in shares], dtype=torch.uint8), device)
 
 
 def inside(start: Tensor, size: int) -> Tensor:

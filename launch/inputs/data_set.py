@@ -9,6 +9,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from largebatch.launch.transfers import uploaded
+
 
 class Source(Protocol):
     """One part (train or test) of a data set that can be had on a device by indices."""
@@ -44,7 +46,8 @@ class Images:
         return Images(self.pixels.to(device), self.labels.to(device))
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        indices = indices.to(self.labels.device)
+        """See Source; the indices may lie on the device already."""
+        indices = uploaded(indices, self.labels.device)
         return self.pixels[indices], self.labels[indices]
 
 
@@ -89,7 +92,7 @@ class DataSet:
 
 @functools.lru_cache(maxsize=16)
 def per_channel(values: tuple[float, ...], device: torch.device) -> Tensor | float:
-    return values[0] if len(values) == 1 else torch.tensor(values, device=device).view(-1, 1, 1)
+    return values[0] if len(values) == 1 else uploaded(torch.tensor(values), device).view(-1, 1, 1)
 
 
 class ImageBatch(NamedTuple):

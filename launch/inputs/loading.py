@@ -16,6 +16,7 @@ from largebatch.launch.inputs.augmentation import davidnet, image_transform, mix
 from largebatch.launch.inputs.data_set import DataSet, ImageBatch, ImageFiles, Source
 from largebatch.launch.inputs.file_loading import FileBatch, Reading, Wanted, read_batches
 from largebatch.launch.inputs.sample_order import SampleOrder, micro_batch_ranges
+from largebatch.launch.transfers import uploaded
 
 CHUNK = 64
 """Images that a worker reads at a time: what is read ahead does not grow with the micro-batch."""
@@ -70,7 +71,7 @@ class ImageLoader:
             yield ImageBatch(pixels, labels, self._mixup_weights(seed, samples, device))
 
     def _mixup_weights(self, seed: int, samples: np.ndarray, device: torch.device) -> Tensor | None:
-        return mixup_weights(self.mixup, seed=seed, samples=samples).to(device) if self.mixup else None
+        return uploaded(mixup_weights(self.mixup, seed=seed, samples=samples), device) if self.mixup else None
 
     def _from_files(
         self, order: SampleOrder, ranges: Iterator[range], seed: int, device: torch.device
@@ -89,8 +90,7 @@ class ImageLoader:
             numbers = asked.pop(0)
             pieces = [first, *itertools.islice(chunks, -(-len(numbers) // CHUNK) - 1)]
             pixels, labels = (
-                torch.cat([getattr(piece, name).to(device, non_blocking=True) for piece in pieces])
-                for name in ("pixels", "labels")
+                torch.cat([uploaded(getattr(piece, name), device) for piece in pieces]) for name in ("pixels", "labels")
             )
             yield ImageBatch(pixels, labels, self._mixup_weights(seed, np.arange(numbers.start, numbers.stop), device))
 
@@ -108,11 +108,11 @@ class ImageLoader:
             batches = list(batches)
             wanted = ([Wanted(-1, index) for index in indices.tolist()] for indices, _ in batches)
             for batch, (_, counts) in zip(self._read(test, wanted, "none", 0, device), batches, strict=True):
-                yield batch.pixels.to(device), batch.labels.to(device), (batch.is_read & counts).to(device)
+                yield tuple(uploaded(t, device) for t in (batch.pixels, batch.labels, batch.is_read & counts))
             return
         test = self._on(device, test)
         for indices, counts in batches:
-            yield *test.batch(indices), counts.to(device)
+            yield *test.batch(indices), uploaded(counts, device)
 
     def _read(
         self, files: ImageFiles, wanted: Iterator[list[Wanted]], augmentation: str, seed: int, device: torch.device

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from largebatch.launch.inputs.text import Sentences, TextOptions
 from largebatch.launch.inputs.wordpiece import SPECIAL_TOKENS, Vocabulary
+from largebatch.launch.transfers import uploaded
 
 NUM_SPECIAL = 3
 """[CLS], [SEP], [SEP]."""
@@ -29,7 +30,7 @@ class PairBatch(NamedTuple):
 
     Attributes:
         tokens, segments: [batch, length] int64.
-        attention_mask: [batch, length] int64, 0 for padding.
+        attention_mask: [batch, length] int64, 0 for padding; None where there is none.
         masked_positions, masked_tokens: [batch, num_masked] int64, where to predict and what was there.
         masked_weights: [batch, num_masked] fp32, which sum up to 1 for each sample; 0 for places that are not used.
         is_random: [batch] int64, 1 where B does not follow A.
@@ -37,14 +38,22 @@ class PairBatch(NamedTuple):
 
     tokens: Tensor
     segments: Tensor
-    attention_mask: Tensor
+    attention_mask: Tensor | None
     masked_positions: Tensor
     masked_tokens: Tensor
     masked_weights: Tensor
     is_random: Tensor
 
+    def without_idle_mask(self) -> PairBatch:
+        """With no mask if it hides nothing. Asked on the host: the network would ask the device, and wait for the answer."""
+        is_idle = self.attention_mask is not None and bool(self.attention_mask.all())
+        return self._replace(attention_mask=None) if is_idle else self
+
+    def pinned(self) -> PairBatch:
+        return PairBatch(*(None if t is None else t.pin_memory() for t in self))
+
     def to(self, device: torch.device) -> PairBatch:
-        return PairBatch(*(t.to(device, non_blocking=True) for t in self))
+        return PairBatch(*(None if t is None else uploaded(t, device) for t in self))
 
 
 class SentencePairs:

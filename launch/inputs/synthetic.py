@@ -9,6 +9,7 @@ from torch import Tensor
 
 from largebatch.launch.inputs.data_set import DataSet
 from largebatch.launch.inputs.random_numbers import integers
+from largebatch.launch.transfers import uploaded
 
 NUM_OFFSETS = 256
 NOISE_SEED, ROW_STREAM, COLUMN_STREAM, LABEL_STREAM, COLOUR_STREAM = 20_171, 0, 1, 2, 3
@@ -39,11 +40,11 @@ class SyntheticImages:
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         numbers = indices.numpy() + self.first
-        rows, columns = (
-            torch.from_numpy(integers(NOISE_SEED, numbers, stream, NUM_OFFSETS)).to(self.device)
-            for stream in (ROW_STREAM, COLUMN_STREAM)
+        limits = {ROW_STREAM: NUM_OFFSETS, COLUMN_STREAM: NUM_OFFSETS, LABEL_STREAM: len(self.colours)}
+        rows, columns, labels = (
+            uploaded(torch.from_numpy(integers(NOISE_SEED, numbers, stream, limit)), self.device)
+            for stream, limit in limits.items()
         )
-        labels = torch.from_numpy(integers(NOISE_SEED, numbers, LABEL_STREAM, len(self.colours))).to(self.device)
         height, width = self.sheet.shape[1] - NUM_OFFSETS + 1, self.sheet.shape[2] - NUM_OFFSETS + 1
         pieces = self.sheet.permute(1, 2, 0).unfold(0, height, 1).unfold(1, width, 1)  # a view, every offset
         pixels = pieces[rows, columns].add_(self.colours[labels].unsqueeze(2).unsqueeze(3))

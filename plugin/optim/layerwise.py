@@ -41,7 +41,7 @@ from largebatch.optim.state import (
     with_own_names,
 )
 from largebatch.rules.rule import Rule
-from largebatch.telemetry import LayerStats
+from largebatch.telemetry import LayerStats, merged
 
 logger = logging.getLogger("largebatch")
 
@@ -400,10 +400,11 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
 
         Waits for the device. Complete on every rank, whatever the sharding. Empty before the first step.
         """
-        merged: dict[str, dict[str, float]] = {}
-        for stats in self._stats.values():
-            merged.update(stats.as_dict())
-        return merged
+        return merged(self._stats.values())
+
+    def layer_stats_on_device(self) -> list[LayerStats]:
+        """What :meth:`layer_stats` shows, copied on the device without waiting for it; for :func:`telemetry.merged` later."""
+        return [LayerStats(stats.names, stats.figures.clone()) for stats in self._stats.values()]
 
     # --- engines ----------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ transformers = pytest.importorskip("transformers", reason="optional: pip install
 
 import largebatch  # noqa: E402
 from largebatch.launch.pretraining import Pretraining, check_same_on_all_ranks, losses_of  # noqa: E402
-from largebatch.models.bert import build_bert  # noqa: E402
+from largebatch.models.bert import build_bert, mask_of_pairs  # noqa: E402
 from largebatch.models.registry import check_model  # noqa: E402
 
 TINY = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "max_positions": 32, "dropout": 0.0}
@@ -86,6 +86,27 @@ def test_padding_does_not_change_a_sample(text_file):
     cut = batch._replace(**{name: getattr(batch, name)[:, :size] for name in ("tokens", "segments", "attention_mask")})
     for found, expected in zip(losses_of(model, batch), losses_of(model, cut), strict=True):
         assert torch.allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("short", [0.0, 1.0])
+def test_a_mask_that_nobody_has_to_read_changes_nothing(text_file, short):
+    """On a GPU the network gets one mask for each pair of tokens, or none: what transformers makes of ours, bit for bit."""
+    options = {"sequence_length": 24, "vocab_size": 60, "short_sequence_probability": short}
+    task = tiny_task(text_file, data_options=options)
+    model = task.build_model().eval()
+    batch = task.train.batch(list(range(6)), seed=1, numbers=list(range(6)))
+    assert (batch.without_idle_mask().attention_mask is None) == bool(batch.attention_mask.all()) == (short == 0)
+    seen = []
+    hook = model.bert.encoder.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    expected = model(*batch[:4])
+    hook.remove()
+    masked = batch.without_idle_mask()
+    if masked.attention_mask is not None:
+        masked = masked._replace(attention_mask=mask_of_pairs(masked.attention_mask))
+        assert seen[0].dtype == masked.attention_mask.dtype and torch.equal(seen[0], masked.attention_mask)
+    assert all(torch.equal(a, b) for a, b in zip(model(*masked[:4]), expected, strict=True))
 
 
 def losses_of_learning_by_heart(text_file):
