@@ -22,6 +22,7 @@ from shapes import SHAPES, Shape, numel
 
 import largebatch
 from largebatch.kernels import dispatch
+from largebatch.kernels.interface import Segments
 from largebatch.layer_map.partition import Partition
 from largebatch.layer_map.segment import slice_of_concatenation
 
@@ -56,17 +57,27 @@ def flattened(optimizer_class: type, shapes: list[Shape], device: str, **options
     return optimizer
 
 
-def peers(device: str) -> tuple[dict[str, Callable], list[str]]:
-    """name -> optimizer of parameters; and what could not be had, with the reason."""
-    fused, absent = {"fused": True}, []
+def fused_adamw(p: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(p, lr=1e-4, weight_decay=0.01, fused=True)
+
+
+def peers(device: str, without: dict[str, str] | None = None) -> tuple[dict[str, Callable], list[str]]:
+    """name -> optimizer of parameters; and what could not be had, with the reason.
+
+    Args:
+        without: name -> reason for peers that are not to be tried, because that would compile for minutes.
+    """
+    absent = [f"{name}: {reason}" for name, reason in (without or {}).items()]
     found: dict[str, Callable] = {
-        "torch AdamW (fused)": lambda p: torch.optim.AdamW(p, lr=1e-4, weight_decay=0.01, **fused),
-        "torch SGD (fused)": lambda p: torch.optim.SGD(p, lr=1e-4, momentum=0.9, weight_decay=1e-4, **fused),
+        "torch AdamW (fused)": fused_adamw,
+        "torch SGD (fused)": lambda p: torch.optim.SGD(p, lr=1e-4, momentum=0.9, weight_decay=1e-4, fused=True),
         "torch AdamW (foreach)": lambda p: torch.optim.AdamW(p, lr=1e-4, weight_decay=0.01, foreach=True),
         "torch SGD (foreach)": lambda p: torch.optim.SGD(p, lr=1e-4, momentum=0.9, weight_decay=1e-4, foreach=True),
     }
 
     def add(name: str, make: Callable[[], Callable]) -> None:
+        if name in (without or {}):
+            return
         try:
             constructor = make()
             probe = parameters([(64,)], device)
@@ -115,6 +126,11 @@ def peers(device: str) -> tuple[dict[str, Callable], list[str]]:
 
         return lambda p: FusedLamb(p, lr=1e-4, weight_decay=0.01)
 
+    def deepspeed_adam():
+        from deepspeed.ops.adam import FusedAdam
+
+        return lambda p: FusedAdam(p, lr=1e-4, weight_decay=0.01)
+
     add("timm Lamb", timm_lamb)
     add("timm Lars", timm_lars)
     add("torch_optimizer Lamb", torch_optimizer_lamb)
@@ -125,6 +141,7 @@ def peers(device: str) -> tuple[dict[str, Callable], list[str]]:
     else:
         add("apex FusedLAMB", apex_lamb)
         add("DeepSpeed FusedLamb", deepspeed_lamb)
+        add("DeepSpeed FusedAdam", deepspeed_adam)
     return found, absent
 
 
@@ -139,11 +156,15 @@ def ours(device: str) -> dict[str, Callable]:
     }
 
 
+FLAT = {"LAMB, flat partition": (largebatch.LAMB, 0.01), "LARS, flat partition": (largebatch.LARS, 1e-4)}
+"""name -> optimizer and weight decay of ours under an engine, see :func:`flattened`."""
+
+
 def flat_partitions(shapes: list[Shape], device: str) -> dict[str, Callable]:
-    """name -> a step of ours under an engine, see :func:`flattened`."""
+    """name -> a step, of :data:`FLAT`."""
     return {
-        "LAMB, flat partition": flattened(largebatch.LAMB, shapes, device, lr=1e-4, weight_decay=0.01).step,
-        "LARS, flat partition": flattened(largebatch.LARS, shapes, device, lr=1e-4, weight_decay=1e-4).step,
+        name: flattened(optimizer_class, shapes, device, lr=1e-4, weight_decay=decay).step
+        for name, (optimizer_class, decay) in FLAT.items()
     }
 
 
@@ -162,15 +183,34 @@ def tiny_against_one(device: str) -> dict[str, dict[str, Callable]]:
 READS_ADAM, READS_SGD = "(reading what Adam reads, tensor by tensor)", "(reading what SGD reads, tensor by tensor)"
 
 
-def plain_reading(shapes: list[Shape], device: str) -> dict[str, Callable]:
-    """Weights, gradients and state read once, one tensor after another, by our own sums of squares.
+def plain_reading(shapes: list[Shape]) -> dict[str, Callable]:
+    """Weights, gradients and state on the CPU read once, one tensor after another, by our own sums of squares.
 
     Not a floor: a step that reads four tensors side by side keeps more reads under way, and can be faster.
     """
-    kernels = dispatch.choose(device, "auto")
-    tensors = [torch.ones(s, device=device) for s in shapes for _ in range(4)]
+    kernels = dispatch.choose("cpu", "auto")
+    tensors = [torch.ones(s) for s in shapes for _ in range(4)]
     fewer = [t for i, t in enumerate(tensors) if i % 4 < 3]
-    return {READS_ADAM: lambda: kernels.square_sums(tensors), READS_SGD: lambda: kernels.square_sums(fewer)}
+    # no rule: only gradients are looked at
+    everything, fewer = (Segments(None, torch.device("cpu"), torch.float32, grads=grads) for grads in (tensors, fewer))
+    return {READS_ADAM: lambda: kernels.grad_square_sum(everything), READS_SGD: lambda: kernels.grad_square_sum(fewer)}
+
+
+def bytes_per_parameter(contestant: str, device: str) -> int | None:
+    """What a step must move, read and written; None where half of it is in 16 bits."""
+    if "bf16" in contestant:
+        return None
+    if contestant in (READS_ADAM, READS_SGD):
+        return 16 if contestant == READS_ADAM else 12
+    if any(word in contestant for word in ("SGD", "LARS", "Lars")):
+        return SGD_BYTES
+    return GPU_LAMB_BYTES if device == "cuda" and "LAMB" in contestant.upper() else ADAM_BYTES
+
+
+def share_of(bandwidth: float, contestant: str, num_parameters: int, seconds: float, device: str) -> str:
+    """Of what a copy moves in that time, what the step must have moved."""
+    moved = bytes_per_parameter(contestant, device)
+    return "" if moved is None else f"{moved * num_parameters / seconds / bandwidth:.0%}"
 
 
 def row(name: str, timing: Timing, adam: float, sgd: float, share: str) -> str:
@@ -189,7 +229,7 @@ def time_shapes(name: str, shapes: list[Shape], device: str, num_rounds: int) ->
     shared = parameters(shapes, device) if is_large else None
     steps = {n: make(shared or parameters(shapes, device)).step for n, make in contestants.items()}
     if not is_large:
-        steps |= flat_partitions(shapes, device) | plain_reading(shapes, device)
+        steps |= flat_partitions(shapes, device) | (plain_reading(shapes) if device == "cpu" else {})
     before = copy_bandwidth(device)
     timings = interleaved(steps, num_rounds=num_rounds, device=device)
     after = copy_bandwidth(device)
@@ -204,16 +244,8 @@ def time_shapes(name: str, shapes: list[Shape], device: str, num_rounds: int) ->
         "|---|---|---|---|---|---|---|",
     ]
     for contestant, timing in sorted(timings.items(), key=lambda item: item[1].median):
-        if contestant.startswith("("):
-            share = (16 if contestant == READS_ADAM else 12) * numel(shapes) / timing.median / bandwidth
-            lines.append(row(contestant, timing, adam, sgd, f"{share:.0%}"))
-            continue
-        is_momentum = any(word in contestant for word in ("SGD", "LARS", "Lars"))
-        moved = SGD_BYTES if is_momentum else ADAM_BYTES
-        if device == "cuda" and "LAMB" in contestant.upper():
-            moved = GPU_LAMB_BYTES
-        share = moved * numel(shapes) / timing.median / bandwidth
-        lines.append(row(contestant, timing, adam, sgd, "" if "bf16" in contestant else f"{share:.0%}"))
+        share = share_of(bandwidth, contestant, numel(shapes), timing.median, device)
+        lines.append(row(contestant, timing, adam, sgd, share))
     lines += [""] + [f"Not there: {reason}" for reason in absent] + [""]
     return lines, {n: t.median for n, t in timings.items()}
 
@@ -237,7 +269,7 @@ def time_growth(device: str, num_rounds: int, largest: float) -> list[str]:
             optimizer.state.clear()
         lines.append(f"| {count}M | {' | '.join(cells)} |")
     overheads = {}
-    for name, make in (ours(device) | {"torch AdamW (fused)": peers(device)[0]["torch AdamW (fused)"]}).items():
+    for name, make in (ours(device) | {"torch AdamW (fused)": fused_adamw}).items():
         step = make(parameters([(16,)] * 161, device)).step
         timing = interleaved({"step": step}, num_rounds=200, num_warm_up=20, device=device)["step"]
         overheads[name] = f"{name} {timing.median * 1e6:.0f} us"

@@ -7,16 +7,17 @@ largebatch doctor | recipes | plan | run | convert | study [arguments]
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import runpy
 import sys
 
 from largebatch.register import register
 
-USAGE = """usage: deepspeed [launcher options] --module largebatch SCRIPT.py [arguments of the script]
+USAGE = """usage: deepspeed [launcher options] --module largebatch SCRIPT.py|PACKAGE.MODULE [arguments of the script]
        largebatch COMMAND [arguments]
 
-Registers the JSON types LARS, LAMB, NLAMB, NNLAMB with DeepSpeed and runs SCRIPT.py as it is, or runs a command:
+Registers the JSON types LARS, LAMB, NLAMB, NNLAMB with DeepSpeed and runs the script or module as it is, or runs a command:
 """
 
 COMMANDS = {
@@ -55,16 +56,33 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if rest else 2
     script = rest[0]
     if not os.path.isfile(script):
-        print(
-            f"largebatch: error: {script!r} is not a file; expected the path of a Python script, or one of {', '.join(COMMANDS)}",
-            file=sys.stderr,
-        )
-        return 2
+        sys.path.insert(0, os.getcwd())
+        if not is_module(script):
+            print(
+                f"largebatch: error: {script!r} is neither a file nor a module; expected the path of a Python script, the name of "
+                f"a module (package.module), or one of {', '.join(COMMANDS)}",
+                file=sys.stderr,
+            )
+            return 2
+        register()
+        sys.argv = [script, *launcher_arguments, *rest[1:]]
+        runpy.run_module(script, run_name="__main__", alter_sys=True)
+        return 0
     register()
     sys.argv = [script, *launcher_arguments, *rest[1:]]
     sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
     runpy.run_path(script, run_name="__main__")
     return 0
+
+
+def is_module(name: str) -> bool:
+    """Whether Python finds a module of this name; its packages are imported for that."""
+    if not all(part.isidentifier() for part in name.split(".")):
+        return False
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from largebatch.checkpoint.whole import WholeState, torch_state_dict
 
-MODEL, OPTIMIZER, KIND = "model", "optimizer", "optimizer_class"
+MODEL, OPTIMIZER, KIND, NAMES = "model", "optimizer", "optimizer_class", "names"
 """Keys of a file that is written here."""
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
@@ -85,7 +85,12 @@ def guessed_names(model: dict[str, Tensor], optimizer: dict[str, Any]) -> list[s
     Raises:
         ValueError: otherwise.
     """
-    names = [name for name in model if name.rsplit(".", 1)[-1] not in BUFFERS]
+    first_names: dict[tuple, str] = {}  # a tied weight has the name of its first use
+    for name, tensor in model.items():
+        if name.rsplit(".", 1)[-1] not in BUFFERS:
+            place = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,)
+            first_names.setdefault(place, name)
+    names = list(first_names.values())
     groups = optimizer["param_groups"]
     if len(groups) == 1 and len(groups[0]["params"]) == len(names):
         return names
@@ -123,6 +128,8 @@ def read_pytorch(path: str, kind: str | None = None, *, names: Sequence[str] | N
     kind = kind or content.get(KIND)
     if kind is None:
         raise ValueError(f"{path!r} does not say whose state its optimizer's is; name it with --from-optimizer")
+    if names is None and isinstance(content.get(NAMES), list):  # a file that was written here
+        names = content[NAMES]
     scheduler = content.get("lr_scheduler")
     steps = keys.pop("num_steps", None)
     steps = content.get("num_steps") if steps is None else steps
@@ -143,7 +150,7 @@ def write_pytorch(whole: WholeState, path: str) -> None:
         KIND: whole.optimizer,
         "num_steps": whole.num_steps,
         "lr_scheduler": whole.scheduler,
-        "names": whole.layers,
+        NAMES: whole.layers,
     }
     torch.save(content, f"{path}.partial")
     os.replace(f"{path}.partial", path)

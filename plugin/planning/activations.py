@@ -2,7 +2,8 @@
 
 The model runs on the device with made-up inputs, gradients in place. Counted is the peak of what lives beyond weights,
 gradients and inputs: on CUDA by the allocator, on the CPU from the tensors that every operation returns and autograd keeps.
-What a kernel takes for itself (cuDNN's workspace) is seen on CUDA only.
+What a kernel takes for itself (cuDNN's workspace) is seen on CUDA only: on the CPU it would say what oneDNN needs with this
+processor's instruction set and number of threads, and nothing about the GPUs that are planned for.
 """
 
 from __future__ import annotations

@@ -219,14 +219,18 @@ def reduction_workspace(
         return {"workspace": 4 * largest}  # a gradient in fp32, on its way to the sums
     if layout.stage == 1:
         return {"workspace": 4 * largest if width == 4 else 2 * num_parameters}
-    # flattened, and again in fp32 where it is not; with a part of the model in the bucket, backward goes on meanwhile
+    # flattened, and again in fp32 where it is not
     copies = 4 * bucket + (2 * bucket if width == 2 else 0)
     if layout.stage == 2 and width == 4 and accumulation_steps > 1:
         copies += 4 * largest_owned(layers, layout.world_size)  # this micro-step's, before they are added to the sums
     copies += gathered_weights(layout, num_parameters)
     if bucket == num_parameters:
         return {"workspace": copies}
-    return {"activations": activations, "workspace": copies + 2 * width * largest}
+    # backward goes on meanwhile: the gradient that overfills the bucket is one of the activations, which hold what autograd
+    # returned; beside it lies its copy, in fp32 or as the weights are laid out. Stage 3 is left one more in fp32: the buffer
+    # through which its weights are gathered is counted nowhere
+    beside = 4 * largest if layout.stage == 2 else 2 * width * largest
+    return {"activations": activations, "workspace": copies + beside}
 
 
 def step_workspace(layout: Layout, num_parameters: int, largest_fragment: int, shard: int) -> int:
