@@ -19,8 +19,11 @@ from largebatch.checkpoint import resharding
 from largebatch.checkpoint.agreement import gathered, raise_together
 from largebatch.checkpoint.layout import KEY, EngineLayout, can_be_described, describe, differences
 from largebatch.checkpoint.saved import SavedCheckpoint, layout_in, mapped, model_files_in
+from largebatch.checkpoint.state import SAME_STATE, check_optimizers
 
 logger = logging.getLogger("largebatch")
+
+OURS = ("LARS", "LAMB", "NLAMB", "NNLAMB")
 
 
 def saving_layout(save: Callable[..., Any]) -> Callable[..., Any]:
@@ -89,7 +92,7 @@ def to_be_resharded(engine: Any, folder: str, tag: Any, with_optimizer: bool = T
 
     Raises:
         ValueError: on all ranks, if some of them do not see the checkpoint's files that they need, or if it was saved
-            elsewhere at another layout and does not say at which.
+            elsewhere at another layout and does not say at which, or if it holds another optimizer's state.
     """
     if engine.load_universal_checkpoint() or not can_be_described(engine):
         return None
@@ -117,6 +120,8 @@ def check_without_layout(path: str, model_file: str, current: EngineLayout) -> N
     states = mapped(model_file)
     config = states.get("ds_config")
     stage = config.get("zero_optimization", {}).get("stage", 0) if isinstance(config, dict) else None
+    if current.optimizer in OURS and isinstance(config, dict):  # the state has no names of optimizers in it
+        check_optimizers(optimizer_named_in(config, current.optimizer, path), current.optimizer, path)
     world_size = states.get("dp_world_size")
     kinds = (0, 1, 1, 3)  # stages 1 and 2 have the same files
     is_other_stage = stage in range(4) and kinds[stage] != kinds[current.zero_stage]
@@ -125,6 +130,16 @@ def check_without_layout(path: str, model_file: str, current: EngineLayout) -> N
             f"{path!r} was saved on {world_size} ranks at ZeRO stage {stage} by a version that did not write down its layout; it "
             f"can only be loaded there, not at {current}. Load it there once and save it again"
         )
+
+
+def optimizer_named_in(config: dict[str, Any], current: str, path: str) -> str:
+    """The optimizer of a saved ds_config as our names and DeepSpeed's have it; the present one where it was the client's own."""
+    name = (config.get("optimizer") or {}).get("type")
+    if not isinstance(name, str):
+        logger.warning("%r does not say whose optimizer state it holds; it is taken for that of %s", path, current)
+        return current
+    known = [*OURS, *(other for family in SAME_STATE for other in family)]
+    return next((other for other in known if other.lower() == name.lower()), name)
 
 
 def latest_in(folder: str) -> str:
