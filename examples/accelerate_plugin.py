@@ -1,7 +1,8 @@
-"""Accelerate with its DeepSpeedPlugin; the optimizer comes from the ds_config or from the code.
+"""Accelerate with its DeepSpeedPlugin, the optimizer from the ds_config or from the code; or without DeepSpeed.
 
 Run it: deepspeed --num_accelerators 2 examples/accelerate_plugin.py
         deepspeed --num_accelerators 2 examples/accelerate_plugin.py --optimizer_from code
+        torchrun --nproc_per_node 2 examples/accelerate_plugin.py --without_deepspeed
 """
 
 import argparse
@@ -21,23 +22,27 @@ from largebatch.lr_schedulers import WarmupPolyLR
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--config", default=pathlib.Path(__file__).with_suffix(".json"))
 parser.add_argument("--optimizer_from", choices=["config", "code"], default="config")
+parser.add_argument("--without_deepspeed", action="store_true", help="DDP, and the optimizer from the code")
 parser.add_argument("--epochs", type=int, default=20)
 parser.add_argument("--batch", type=int, default=512, help="global batch, divided among the ranks")
 parser.add_argument("--output", help="file for the trained weights")
 parser.add_argument("--local_rank", help="set by the launcher")
 arguments = parser.parse_args()
 
-largebatch.register()  # anywhere before accelerator.prepare()
-config = json.loads(pathlib.Path(arguments.config).read_text())
-if arguments.optimizer_from == "code":
-    del config["optimizer"], config["scheduler"]  # Accelerate refuses both in one run
-# without the backend's name Accelerate takes a CPU run under DeepSpeed for a single process
-backend = "nccl" if torch.cuda.is_available() else "gloo"
-accelerator = Accelerator(
-    kwargs_handlers=[InitProcessGroupKwargs(backend=backend)],
-    deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config),
-    dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=0),
-)
+options = {"dataloader_config": DataLoaderConfiguration(use_seedable_sampler=True, data_seed=0)}
+if arguments.without_deepspeed:
+    arguments.optimizer_from = "code"
+    options["cpu"] = not torch.cuda.is_available()
+else:
+    largebatch.register()  # anywhere before accelerator.prepare()
+    config = json.loads(pathlib.Path(arguments.config).read_text())
+    if arguments.optimizer_from == "code":
+        del config["optimizer"], config["scheduler"]  # Accelerate refuses both in one run
+    # without the backend's name Accelerate takes a CPU run under DeepSpeed for a single process
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    options["kwargs_handlers"] = [InitProcessGroupKwargs(backend=backend)]
+    options["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=config)
+accelerator = Accelerator(**options)
 train_set, test_set = digits()
 loader = DataLoader(train_set, batch_size=arguments.batch // accelerator.num_processes, shuffle=True)
 num_batches = arguments.epochs * len(loader)  # of all ranks together
@@ -50,7 +55,7 @@ else:
     optimizer = largebatch.LAMB(
         model.parameters(), lr=0.04, weight_decay=0.01, exclude_from_adaptation=["bias", "norm"], model=model
     )
-    # DeepSpeed steps it once a step; Accelerate steps one of torch's as many times a step as there are ranks
+    # stepped once a step; one of torch's Accelerate steps as many times a step as there are ranks
     scheduler = WarmupPolyLR(optimizer, total_steps=num_batches // accelerator.num_processes, warmup_steps=6, power=1)
 model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
 
@@ -63,8 +68,10 @@ for _ in range(arguments.epochs):
         optimizer.zero_grad()
 
 if accelerator.is_main_process:
-    report(model.basic_optimizer)  # the prepared model is DeepSpeed's engine
-    print(f"loss {loss.item():.4f}, test accuracy {accuracy(model.module, test_set):.4f}")
+    # the prepared model is DeepSpeed's engine; without it the prepared optimizer has ours inside
+    report(optimizer.optimizer if arguments.without_deepspeed else model.basic_optimizer)
+    trained = accelerator.unwrap_model(model)
+    print(f"loss {loss.item():.4f}, test accuracy {accuracy(trained, test_set):.4f}")
     if arguments.output:
-        torch.save(model.module.state_dict(), arguments.output)
+        torch.save(trained.state_dict(), arguments.output)
 accelerator.end_training()

@@ -1,9 +1,11 @@
-"""Hugging Face Trainer with LAMB from a ds_config: a small vision transformer on digits, nothing downloaded.
+"""Hugging Face Trainer with LAMB: a small vision transformer on digits, nothing downloaded.
 
 Run it: deepspeed --num_accelerators 2 examples/hf_trainer.py --deepspeed examples/hf_trainer.json
+        torchrun --nproc_per_node 2 examples/hf_trainer.py        # without DeepSpeed
 """
 
 import os
+import sys
 
 import torch
 from accelerate import PartialState
@@ -40,8 +42,29 @@ def build_model() -> ViTForImageClassification:
     return ViTForImageClassification(config)
 
 
+class LAMBOfModel:
+    """For Trainer's ``optimizer_cls_and_kwargs``, which makes one of these and calls it with the model.
+
+    A class of torch.optim in its place would get parameters without names, by which no bias is known.
+    """
+
+    def __call__(self, model: torch.nn.Module, **options) -> largebatch.LAMB:
+        return largebatch.LAMB(model.parameters(), model=model, **options)
+
+
+EXCLUDED = ["bias", "norm"]
+OPTIONS = {
+    "lr": DEFAULTS["learning_rate"], "eps": DEFAULTS["adam_epsilon"], "weight_decay": DEFAULTS["weight_decay"],
+    "exclude_from_adaptation": EXCLUDED, "exclude_from_weight_decay": EXCLUDED,
+}  # fmt: skip
+"""What the ds_config says, without DeepSpeed."""
+
+
 def main() -> None:
-    if not torch.cuda.is_available():
+    is_with_deepspeed = any(word.startswith("--deepspeed") for word in sys.argv)
+    if not is_with_deepspeed:
+        DEFAULTS.update(use_cpu=not torch.cuda.is_available(), lr_scheduler_type="linear")
+    elif not torch.cuda.is_available():
         # left to themselves, Trainer and Accelerate take a CPU run under DeepSpeed for a single process
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         PartialState(backend="gloo")
@@ -50,13 +73,15 @@ def main() -> None:
     parser.set_defaults(**DEFAULTS)
     (arguments,) = parser.parse_args_into_dataclasses()
 
-    largebatch.register()  # anywhere before trainer.train()
+    if is_with_deepspeed:
+        largebatch.register()  # anywhere before trainer.train()
     train_set, test_set = (
         [{"pixel_values": image.view(1, 8, 8), "labels": label} for image, label in part] for part in digits()
     )
     trainer = Trainer(
         model=build_model(),
         args=arguments,
+        optimizer_cls_and_kwargs=None if is_with_deepspeed else (LAMBOfModel, OPTIONS),
         train_dataset=train_set,
         eval_dataset=test_set,
         compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(axis=1) == p.label_ids).mean())},
@@ -65,7 +90,8 @@ def main() -> None:
     metrics = trainer.evaluate()
     trainer.save_model()
     if trainer.is_world_process_zero():
-        report(trainer.model_wrapped.basic_optimizer)  # model_wrapped is DeepSpeed's engine
+        # model_wrapped is DeepSpeed's engine; without it Accelerate has wrapped the optimizer
+        report(trainer.model_wrapped.basic_optimizer if is_with_deepspeed else trainer.optimizer.optimizer)
         print(f"test accuracy {metrics['eval_accuracy']:.4f}")
 
 

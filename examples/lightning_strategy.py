@@ -1,7 +1,8 @@
-"""Lightning's DeepSpeedStrategy; the optimizer comes from the module or from the ds_config.
+"""Lightning's DeepSpeedStrategy, the optimizer from the module or from the ds_config; or without DeepSpeed.
 
 Run it: python examples/lightning_strategy.py
         python examples/lightning_strategy.py --config examples/lightning_strategy.json
+        python examples/lightning_strategy.py --without_deepspeed
 """
 
 import argparse
@@ -44,18 +45,23 @@ class Classifier(lightning.LightningModule):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="ds_config; without it the module's own optimizer under ZeRO 2")
+    parser.add_argument("--without_deepspeed", action="store_true", help="DDP")
     parser.add_argument("--devices", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch", type=int, default=512, help="global batch, divided among the ranks")
     parser.add_argument("--output", help="file for the trained weights")
     arguments = parser.parse_args()
 
-    largebatch.register()  # anywhere before trainer.fit()
     train_set, test_set = digits()
     loader = DataLoader(train_set, batch_size=arguments.batch // arguments.devices, shuffle=True)
-    strategy = DeepSpeedStrategy if torch.cuda.is_available() else CPUDeepSpeedStrategy
+    if arguments.without_deepspeed:
+        strategy = DDPStrategy()
+    else:
+        largebatch.register()  # anywhere before trainer.fit()
+        of_machine = DeepSpeedStrategy if torch.cuda.is_available() else CPUDeepSpeedStrategy
+        strategy = of_machine(stage=2, config=arguments.config)
     trainer = lightning.Trainer(
-        strategy=strategy(stage=2, config=arguments.config),
+        strategy=strategy,
         accelerator="auto",
         devices=arguments.devices,
         max_epochs=arguments.epochs,
@@ -67,7 +73,8 @@ def main() -> None:
     model = Classifier(num_steps=arguments.epochs * len(train_set) // arguments.batch)
     trainer.fit(model, loader)
     if trainer.is_global_zero:
-        report(trainer.strategy.deepspeed_engine.basic_optimizer)
+        is_ddp = arguments.without_deepspeed
+        report(trainer.optimizers[0] if is_ddp else trainer.strategy.deepspeed_engine.basic_optimizer)
         print(f"test accuracy {accuracy(model.network, test_set):.4f}")
         if arguments.output:
             torch.save(model.network.state_dict(), arguments.output)

@@ -140,13 +140,17 @@ def test_an_unmodified_deepspeed_script(example, tmp_path):
 
 
 @pytest.mark.launcher
-def test_hugging_face_trainer(example, tmp_path):
+@pytest.mark.parametrize("is_with_deepspeed", [True, False], ids=["DeepSpeed", "DDP"])
+def test_hugging_face_trainer(example, tmp_path, is_with_deepspeed):
     pytest.importorskip("transformers", reason="transformers is not installed")
     pytest.importorskip("accelerate", reason="accelerate is not installed, which Trainer needs")
+    from transformers import get_linear_schedule_with_warmup
 
+    launcher = deepspeed if is_with_deepspeed else torchrun
+    config = ["--deepspeed", "examples/hf_trainer.json"] if is_with_deepspeed else []
     outputs = run_on_1_and_2_ranks(
-        lambda num_ranks, port: deepspeed(
-            num_ranks, port, "examples/hf_trainer.py", "--deepspeed", "examples/hf_trainer.json",
+        lambda num_ranks, port: launcher(
+            num_ranks, port, "examples/hf_trainer.py", *config,
             "--num_train_epochs", NUM_EPOCHS, "--per_device_train_batch_size", GLOBAL_BATCH // num_ranks,
             "--output_dir", tmp_path / str(num_ranks),
         )
@@ -158,6 +162,9 @@ def test_hugging_face_trainer(example, tmp_path):
         exclude_from_adaptation=["bias", "norm"], exclude_from_weight_decay=["bias", "norm"],
     )  # fmt: skip
     scheduler = WarmupPolyLR(optimizer, total_steps=NUM_STEPS, warmup_steps=6, power=1)
+    if not is_with_deepspeed:
+        optimizer.param_groups[0]["lr"] = hf_trainer.DEFAULTS["learning_rate"]
+        scheduler = get_linear_schedule_with_warmup(optimizer, 6, NUM_STEPS)
     images, labels = example("digits_data").digits()[0].tensors
     expected = train_in_one_process(
         model, optimizer, scheduler, seed=42, max_norm=1.0,
@@ -167,12 +174,16 @@ def test_hugging_face_trainer(example, tmp_path):
 
 
 @pytest.mark.launcher
-@pytest.mark.parametrize("optimizer_from", ["config", "code"])
+@pytest.mark.parametrize("optimizer_from", ["config", "code", "code, without DeepSpeed"])
 def test_accelerate_plugin(example, tmp_path, optimizer_from):
     pytest.importorskip("accelerate", reason="accelerate is not installed")
+    is_ddp = "without" in optimizer_from
+    launcher, option = (
+        (torchrun, ["--without_deepspeed"]) if is_ddp else (deepspeed, ["--optimizer_from", optimizer_from])
+    )
     outputs = run_on_1_and_2_ranks(
-        lambda num_ranks, port: deepspeed(
-            num_ranks, port, "examples/accelerate_plugin.py", "--optimizer_from", optimizer_from,
+        lambda num_ranks, port: launcher(
+            num_ranks, port, "examples/accelerate_plugin.py", *option,
             "--epochs", NUM_EPOCHS, "--output", tmp_path / f"{num_ranks}.pt",
         )
     )  # fmt: skip
@@ -184,10 +195,11 @@ def test_accelerate_plugin(example, tmp_path, optimizer_from):
 
 
 @pytest.mark.launcher
-@pytest.mark.parametrize("optimizer_from", ["config", "code"])
+@pytest.mark.parametrize("optimizer_from", ["config", "code", "code, without DeepSpeed"])
 def test_lightning_strategy(example, tmp_path, optimizer_from):
     pytest.importorskip("lightning", reason="lightning is not installed")
     config = ["--config", "examples/lightning_strategy.json"] if optimizer_from == "config" else []
+    config += ["--without_deepspeed"] if "without" in optimizer_from else []
     outputs = run_on_1_and_2_ranks(
         lambda num_ranks, port: [
             sys.executable, "examples/lightning_strategy.py", *config, "--devices", num_ranks,
