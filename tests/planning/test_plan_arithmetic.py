@@ -49,6 +49,13 @@ def test_bucket_of_deepspeeds_default_is_two_gigabytes():
     assert found.device["bucket"] == 2_000_000_000
 
 
+def test_a_bucket_that_fills_during_backward_by_hand():
+    """fp32, ZeRO 2: the bucket flattened, the rank's sums, and the gradient's copy beside the one among the activations."""
+    found = memory([1000, 1000], Layout(2, "fp32", 2, "none", 1000), optimizer="lamb", activations=10**6)
+    assert found.moment == "reduction" and found.device["activations"] == 10**6
+    assert found.device["workspace"] == 4 * 1000 + 4 * 1000 + 4 * 1000
+
+
 @given(LAYERS, layouts(), OPTIMIZERS, st.integers(0, 10**10))
 def test_parts_add_up(layers, layout, optimizer, activations):
     found = memory(layers, layout, optimizer=optimizer, activations=activations)

@@ -1,4 +1,9 @@
-"""What a running DeepSpeed engine really holds, allocates and sends, seen from outside: live tensors, allocator, collectives."""
+"""What a running DeepSpeed engine really holds, allocates and sends, seen from outside: live tensors, allocator, collectives.
+
+Counted is what is held while no operation runs: tensors and buffers, what a plan speaks of. What an operation takes for
+itself and gives back before it returns (weights that oneDNN lays out anew, its scratchpads) hangs on the processor's
+instruction set and the number of threads, and is counted apart.
+"""
 
 import contextlib
 import gc
@@ -6,6 +11,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from largebatch.models.registry import build_model
 from largebatch.planning.activations import probe
@@ -14,6 +20,7 @@ from support.engine_runs import fp16_allowed
 INPUTS = {"lenet": ((1, 28, 28), 10), "mlp": ((1, 8, 8), 10), "torchvision:resnet18": ((3, 64, 64), 10)}
 NUM_STEPS = 4
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+OPERATION = "an operation"
 
 
 def live_storages():
@@ -35,20 +42,52 @@ def bytes_beyond(known):
     return sum(s.nbytes() for address, s in live_storages().items() if address not in known)
 
 
+class MarkedOperations(TorchDispatchMode):
+    """Marks the span of every operation in the profile, and lists their names."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function._schema.name)
+        with torch.profiler.record_function(OPERATION):
+            return function(*args, **(kwargs or {}))
+
+
 @contextlib.contextmanager
 def watched(result):
-    """Adds the allocator's peak above the start to result["peak"], and the collectives to result["collectives"]."""
+    """Adds to ``result`` the allocator's peaks above the start, and the collectives.
+
+    "peak" is the most that was held while no operation ran, "peak_inside" the most at all; "collectives" is name -> calls.
+    """
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(profile_memory=True, record_shapes=True, activities=activities) as profiler:
+    with (
+        torch.profiler.profile(profile_memory=True, activities=activities) as profiler,
+        MarkedOperations() as operations,
+    ):
         yield
-    events = profiler.profiler.kineto_results.events()
-    now = peak = 0
-    for _, num_bytes in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
-        now += num_bytes
-        peak = max(peak, now)
-    result["peak"] = peak
-    names = [e.name.removeprefix("c10d::") for e in profiler.events() if e.name.startswith("c10d::")]
+    result["peak"], result["peak_inside"] = peaks_of(profiler.profiler.kineto_results.events())
+    names = [name.removeprefix("c10d::") for name in operations.names if name.startswith("c10d::")]
     result["collectives"] = {name: names.count(name) for name in set(names)}
+
+
+def peaks_of(events):
+    """(most bytes while no operation ran, most bytes) that the profiled allocations added up to."""
+    changes = []  # (time, operations begun or ended, bytes); at one time, ends come last
+    for e in events:
+        if e.name() == "[memory]":
+            changes.append((e.start_ns(), 0, e.nbytes()))
+        elif e.name() == OPERATION:
+            changes += [(e.start_ns(), 1, 0), (e.start_ns() + e.duration_ns(), -1, 0)]
+    now = running = outside = most = 0
+    for _, operations, num_bytes in sorted(changes, key=lambda change: (change[0], -change[1])):
+        running += operations
+        now += num_bytes
+        most = max(most, now)
+        if not running:
+            outside = max(outside, now)
+    return outside, most
 
 
 def loss_of(model_name, dtype):
@@ -91,7 +130,7 @@ def measured(model_name, stage, precision, *, optimizer, micro_batch, zero, accu
     loss = loss_of(model_name, dtype)
     with fp16_allowed(), contextlib.redirect_stdout(None):
         engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
-    moments, collectives = {}, {}
+    moments, inside, collectives = {}, {}, {}
     try:
         for step in range(NUM_STEPS):
             for micro_step in range(accumulation):
@@ -106,6 +145,7 @@ def measured(model_name, stage, precision, *, optimizer, micro_batch, zero, accu
                     if step:
                         moment = f"{name} {micro_step}"
                         moments[moment] = min(moments.get(moment, math.inf), start + seen["peak"])
+                        inside[moment] = min(inside.get(moment, math.inf), start + seen["peak_inside"])
                     if step == 1:
                         for key, count in seen["collectives"].items():
                             collectives[key] = collectives.get(key, 0) + count
@@ -115,6 +155,7 @@ def measured(model_name, stage, precision, *, optimizer, micro_batch, zero, accu
         return {
             "peak": max(moments.values()),
             "moments": moments,
+            "moments_inside": inside,
             "collectives": collectives,
             "wrapper": wrapper,
             "layers": [getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters()],
