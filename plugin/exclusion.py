@@ -18,7 +18,7 @@ NORM_MODULES = (
     nn.GroupNorm,
     nn.RMSNorm,
 )
-NORM_CLASS_NAME = re.compile(r"(?<!weight)(?<!spectral)(?<!pre)(?<!post)norm(?!al|ed)", re.IGNORECASE)
+NORM_CLASS_NAME = re.compile(r"(?<!weight)(?<!spectral)(?<!pre)(?<!post)norm(?!ed|al(?!ization))", re.IGNORECASE)
 """Classes outside torch.nn, such as LlamaRMSNorm, MambaRMSNormGated or FrozenBatchNorm2d; no reparametrisations, no wrappers."""
 
 NORM_NAME = re.compile(

@@ -134,6 +134,7 @@ def model_with(attribute, module):
         ("scale", named("RMSNormGated")(), True),
         ("scale", named("LayerNormWithoutBias")(), True),
         ("scale", named("Qwen3NextRMSNormGated")(), True),
+        ("scale", named("LayerNormalization")(), True),
         ("norm", named("Gate")(), True),
         ("ln_1", named("Gate")(), True),
         ("gate", named("Gate")(), False),
