@@ -102,7 +102,7 @@ def test_triton_moves_aligned_and_other_chunks_alike(optimizer_class):
         for offset in (0, 1):
             generator = torch.Generator().manual_seed(0)
             values = [torch.randn(numel, generator=generator) for _ in range(3)]
-            there = [torch.empty(numel + 4)[offset : offset + numel].copy_(value) for value in values]
+            there = [torch.empty(numel + 4)[offset : offset + numel].copy_(value).view(4, -1) for value in values]
             assert all((value.data_ptr() % 16 == 0) == (offset == 0) for value in there)
             weight = torch.nn.Parameter(there[0])
             optimizer = optimizer_class([weight], lr=0.05, weight_decay=0.01, kernels=kernels)
@@ -111,9 +111,9 @@ def test_triton_moves_aligned_and_other_chunks_alike(optimizer_class):
                 optimizer.step()
             results.append((weight.detach().clone(), optimizer.layer_stats()))
     assert torch.equal(results[0][0], results[1][0]) and results[0][1] == results[1][1]
-    plain = torch.nn.Parameter(values[0].clone())
+    plain = torch.nn.Parameter(values[0].view(4, -1).clone())
     optimizer = optimizer_class([plain], lr=0.05, weight_decay=0.01, kernels="reference")
     for grad in values[1:]:
-        plain.grad = grad
+        plain.grad = grad.view(4, -1)
         optimizer.step()
     assert torch.linalg.vector_norm(plain - results[0][0]) < 1e-6 * torch.linalg.vector_norm(plain)

@@ -16,9 +16,8 @@ from largebatch.kernels import triton_kernels as kernels
 from largebatch.kernels.interface import ALGORITHMS
 
 POINTERS = {
-    "chunks": "*i64", "spans": "*i64", "addresses": "*i64", "steps": "*i64", "row_chunks": "*i64", "numels": "*i64",
-    "rows": "*fp64", "options": "*fp64", "grad_scale": "*fp64", "sums": "*fp64", "lr_pointer": "*fp64", "figures": "*fp64",
-    "decisions": "*fp64", "moved": "*i8",
+    "chunks": "*i64", "spans": "*i64", "addresses": "*i64", "row_chunks": "*i64", "rows": "*fp64", "rule_options": "*fp64",
+    "grad_scale": "*fp64", "sums": "*fp64", "lr_pointer": "*fp64", "decisions": "*fp64", "moved": "*i8", "stats": "*fp64",
 }  # fmt: skip
 INSTRUCTIONS = {"wide loads": r"ld\.global\.v4", "wide stores": r"st\.global\.v4", "local memory": r"\b(ld|st)\.local"}
 FP32 = {"T": tl.float32, "W": tl.float32, "G": tl.float32, "S": tl.float32}
@@ -49,7 +48,7 @@ def cases():
         for decides in (True, False):
             yield f"layer {algorithm} {decides}", kernels.layer_kernel, layer | {"DECIDES": decides}
     for name, dtype in (("fp32", tl.float32), ("bf16", tl.bfloat16)):
-        yield f"square {name}", kernels.square_kernel, {"D": dtype} | SIZES
+        yield f"square {name}", kernels.square_kernel, {"G": dtype} | SIZES
 
 
 if __name__ == "__main__":
