@@ -221,7 +221,7 @@ def test_an_unmodified_script_through_the_module(tmp_path):
 
 def test_module_errors():
     result = subprocess.run([sys.executable, "-m", "largebatch", "nowhere.py"], capture_output=True, text=True)
-    assert result.returncode == 2 and "'nowhere.py' is not a file" in result.stderr
+    assert result.returncode == 2 and "'nowhere.py' is neither a file nor a module" in result.stderr
 
 
 def test_results_table(accumulated, tmp_path):
