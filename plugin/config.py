@@ -328,7 +328,11 @@ def check_option_names(given: Mapping[str, Any], known: Sequence[str], where: st
     for name, value in given.items():
         if name not in known and name in OTHERS_OPTIONS and "trust_ratio_bounds" in known:
             shown = str(value).lower() if isinstance(value, bool) else repr(value)
-            raise UnknownOptionError(f"{where}.{name} is not known; {OTHERS_OPTIONS[name].format(value=shown)}")
+            advice = OTHERS_OPTIONS[name].format(value=shown)
+            ours = re.match(r"ours is (\w+)", advice)
+            raise UnknownOptionError(
+                f"{where}.{name} is not known; {advice if ours is None or ours[1] in known else NO_EFFECT}"
+            )
         if name not in known:
             hint = nearest_hint(name, known)
             are_listed = len(known) <= LONGEST_LIST or not hint

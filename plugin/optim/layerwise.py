@@ -129,7 +129,9 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         self._stats: dict[tuple[str, ...], LayerStats] = {}
         self._num_skipped: Tensor | None = None
         self._num_skipped_layers: Tensor | None = None
+        self._is_built = False
         super().__init__(params, options)
+        self._is_built = True
         self._table.check_are_layers()
         self._table.check_exclusions_match()
 
@@ -160,11 +162,18 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group.update(vars(options))
-        names = group.get("param_names", [None] * len(group["params"]))
-        for i, (parameter, name) in enumerate(zip(group["params"], names, strict=True)):
-            if parameter.is_complex():
-                raise TypeError(f"complex parameters are not supported; parameter {i} is {parameter.dtype}")
-            self._table.add(parameter, name, f"group{len(self.param_groups) - 1}.param{i}")
+        parameters = group["params"]
+        try:
+            for i, parameter in enumerate(parameters):
+                if parameter.is_complex():
+                    raise TypeError(f"complex parameters are not supported; parameter {i} is {parameter.dtype}")
+            self._table.add_group(parameters, group.get("param_names", [None] * len(parameters)))
+            if self._is_built:  # else when all groups are there, since what shares a buffer may be in several
+                self._table.check_are_layers()
+        except (TypeError, ValueError):
+            self.param_groups.pop()  # nothing is added by halves
+            self._table.forget_groups_from(len(self.param_groups))
+            raise
 
     def _check_group_names(self, group: dict[str, Any]) -> None:
         """Raises ValueError for an option that holds for all groups, UnknownOptionError for one that is all but spelt right.
@@ -265,6 +274,8 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
 
     def _calls_of_group(self, group: dict[str, Any]) -> list[Call]:
         """Sorts the tensors that have gradients by device, dtype and process group."""
+        index = next(i for i, other in enumerate(self.param_groups) if other is group)
+        self._table.adopt(index, group["params"], self.state)
         options, rule = self._options_and_rule(group)
         calls: dict[Any, Call] = {}
         fresh = [tensor for tensor in group["params"] if tensor.grad is not None and not self.state.get(tensor)]
@@ -378,7 +389,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
     @property
     def layers(self) -> list[LayerPolicy]:
         """Name and treatment of every layer, in the order of the param groups."""
-        return list(self._table.policies.values())
+        return self._table.policies
 
     @property
     def excluded_layers(self) -> list[LayerPolicy]:
@@ -526,6 +537,6 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("max_grad_norm", "kernels", "state_dtype", "overwrite_grads", "_table", "_is_armed", "_configured")
-        own += ("_num_skipped", "_num_skipped_layers")
+        own += ("_is_built", "_num_skipped", "_num_skipped_layers")
         fresh = {"_stats": {}, "_plans": {}, "_captured": []}
         return super().__getstate__() | {name: getattr(self, name) for name in own} | fresh

@@ -174,13 +174,11 @@ def test_hugging_face_trainer(example, tmp_path, is_with_deepspeed):
 
 
 @pytest.mark.launcher
-@pytest.mark.parametrize("optimizer_from", ["config", "code", "code, without DeepSpeed"])
-def test_accelerate_plugin(example, tmp_path, optimizer_from):
+@pytest.mark.parametrize("way", ["config", "code", "ddp", "fsdp2"])
+def test_accelerate_plugin(example, tmp_path, way):
     pytest.importorskip("accelerate", reason="accelerate is not installed")
-    is_ddp = "without" in optimizer_from
-    launcher, option = (
-        (torchrun, ["--without_deepspeed"]) if is_ddp else (deepspeed, ["--optimizer_from", optimizer_from])
-    )
+    is_plain = way in ("ddp", "fsdp2")
+    launcher, option = (torchrun, ["--without_deepspeed", way]) if is_plain else (deepspeed, ["--optimizer_from", way])
     outputs = run_on_1_and_2_ranks(
         lambda num_ranks, port: launcher(
             num_ranks, port, "examples/accelerate_plugin.py", *option,

@@ -1,5 +1,8 @@
 """FSDP2, HSDP and tensor parallelism in plain PyTorch: DTensor parameters step as whole layers do."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -127,6 +130,78 @@ def test_fsdp2_trains_as_one_process(rank_pool, world_size, algorithm, continue_
     for found_losses, found in rank_pool.run(world_size, train_network, algorithm, True, continue_after):
         assert found_losses == pytest.approx(losses, rel=1e-5)
         assert relative_error(found, expected) < 1e-5
+
+
+def train_with_exchanged_parameters(algorithm, has_placeholders):
+    """As train_network, fully_shard only after the optimizer was built, whose tensors are then exchanged.
+
+    Accelerate keeps tensors of one element in their place meanwhile, so that the whole layers can go.
+    """
+    model = Network()
+    named = list(model.named_parameters())
+    groups = [{"params": [p for n, p in named if (".bias" in n) == is_bias]} for is_bias in (False, True)]
+    places = [[n for n, _ in named if (".bias" in n) == is_bias] for is_bias in (False, True)]
+    optimizer = getattr(largebatch, algorithm)(groups, model=model, **OPTIONS_OF_NETWORK[algorithm])
+    names_before = [layer.name for layer in optimizer.layers]
+    wholes = [weakref.ref(p) for _, p in named]
+    if has_placeholders:
+        for group in optimizer.param_groups:
+            group["params"] = [torch.empty(1) for _ in group["params"]]
+    del named, groups
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard(model.first, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    cut = dict(model.named_parameters())
+    for group, names in zip(optimizer.param_groups, places, strict=True):
+        group["params"] = [cut[name] for name in names]
+    gc.collect()
+    assert not any(whole() is not None for whole in wholes), "the optimizer keeps what was exchanged"
+    x, y = torch.randn(8, 13, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 5
+    losses = []
+    for _ in range(NUM_STEPS):
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert [layer.name for layer in optimizer.layers] == names_before
+    return losses, [p.full_tensor().detach() for p in model.parameters()], list(optimizer.layer_stats())
+
+
+@pytest.mark.parametrize("has_placeholders", [True, False], ids=["placeholders", "at once"])
+@pytest.mark.parametrize("algorithm", OPTIONS_OF_NETWORK)
+def test_layers_exchanged_for_dtensors_after_the_optimizer_was_built(rank_pool, algorithm, has_placeholders):
+    losses, expected = train_network(algorithm, is_sharded=False)
+    for found_losses, found, names in rank_pool.run(2, train_with_exchanged_parameters, algorithm, has_placeholders):
+        assert found_losses == pytest.approx(losses, rel=1e-5)
+        assert relative_error(found, expected) < 1e-5
+        assert names == ["first.weight", "second.weight", "first.bias"]
+
+
+def message_after_exchange(case):
+    """What the step says where the exchanged tensors are not known to be the same layers."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    whole = nn.Parameter(torch.ones(4, 4))
+    optimizer = largebatch.LAMB([("w", whole)], lr=0.1)
+    shape = (2, 8) if case == "another shape" else (4, 4)
+    cut = nn.Parameter(distribute_tensor(torch.ones(shape), mesh, (Shard(0),)))
+    cut.grad = distribute_tensor(torch.ones(shape), mesh, (Shard(0),))
+    if case == "after a step":
+        whole.grad = torch.ones(4, 4)
+        optimizer.step()
+    optimizer.param_groups[0]["params"] = [cut, cut] if case == "more of them" else [cut]
+    if case == "no DTensor":
+        optimizer.param_groups[0]["params"] = [nn.Parameter(torch.ones(4, 4))]
+        optimizer.param_groups[0]["params"][0].grad = torch.ones(4, 4)
+    with pytest.raises(RuntimeError) as error:
+        optimizer.step()
+    return str(error.value)
+
+
+@pytest.mark.parametrize("case", ["another shape", "more of them", "no DTensor", "after a step"])
+def test_an_exchange_that_is_not_understood_is_refused(rank_pool, case):
+    words = "w was replaced by a DTensor after it was stepped" if case == "after a step" else "none of the parameters"
+    assert all(words in message for message in rank_pool.run(2, message_after_exchange, case))
 
 
 def step_with_inf_on_one_rank():

@@ -243,7 +243,7 @@ def naive_masters(peer, stage, num_steps):
             flats = optimizer._table.partitions
             kept, optimizer._table.partitions = flats, {}
             for flat, partition in kept.items():
-                optimizer._table.policies[flat] = optimizer._table.policies[partition.parameters[0]]
+                optimizer._table.layers[flat] = optimizer._table.layers[partition.parameters[0]]
         for step in range(num_steps):
             engine_runs.take_step(engine, step)
         state = {n: deepspeed.utils.safe_get_full_fp32_param(p) for n, p in engine.module.named_parameters()}

@@ -3,6 +3,7 @@
 import copy
 import decimal
 import fractions
+import gc
 import logging
 import pickle
 
@@ -376,6 +377,40 @@ def test_a_parameter_that_says_it_is_a_part_is_refused(optimizer_class, mark):
 def test_slices_of_one_buffer_are_refused(optimizer_class):
     with pytest.raises(ValueError, match="view of a larger buffer, as flattened and sharded parameters are"):
         optimizer_class(flattened((7,), (5,)), lr=0.1)
+
+
+@each_of_ours
+@pytest.mark.parametrize("fault", ["slices", "mark", "complex"])
+def test_a_later_group_is_checked_as_the_first_and_leaves_nothing_behind(optimizer_class, fault):
+    optimizer = optimizer_class([("w", nn.Parameter(torch.ones(3)))], lr=0.1)
+    later = flattened((7,), (5,))
+    if fault == "mark":
+        later = [nn.Parameter(torch.ones(3))]
+        later[0]._is_flat_param = True
+    if fault == "complex":
+        later = [nn.Parameter(torch.ones(3, dtype=torch.complex64))]
+    with pytest.raises((ValueError, TypeError), match="view of a larger buffer|is no whole layer|complex parameters"):
+        optimizer.add_param_group({"params": [(f"x{i}", x) for i, x in enumerate(later)]})
+    assert len(optimizer.param_groups) == 1 and [layer.name for layer in optimizer.layers] == ["w"]
+    optimizer.add_param_group({"params": [("y", nn.Parameter(torch.ones(2)))]})
+    for group in optimizer.param_groups:
+        group["params"][0].grad = torch.ones_like(group["params"][0])
+    optimizer.step()
+    assert list(optimizer.layer_stats()) == ["w", "y"]
+
+
+@each_of_ours
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_a_copy_knows_its_own_layers(optimizer_class, way):
+    optimizer = optimizer_class([("w", nn.Parameter(torch.ones(3)))], lr=0.1, exclude_from_weight_decay=["w"])
+    twin = copy.deepcopy(optimizer) if way == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
+    del optimizer
+    gc.collect()
+    assert [(layer.name, layer.is_decayed) for layer in twin.layers] == [("w", False)]
+    (weight,) = twin.param_groups[0]["params"]
+    weight.grad = torch.ones(3)
+    twin.step()
+    assert list(twin.layer_stats()) == ["w"]
 
 
 def test_views_that_are_layers_are_not():

@@ -1,5 +1,7 @@
 """Names that people bring along from other optimizers: one line that says what to write here."""
 
+import re
+
 import pytest
 import torch
 
@@ -26,6 +28,8 @@ def test_an_option_of_another_package(optimizer_class, name, way):
     where = "optimizer.params" if way == "json" else optimizer_class.__name__
     assert message.startswith(f"{where}.{name} is not known; ") and "\n" not in message
     assert "ours is" in message or "delete it" in message
+    if "ours is" in message:
+        assert re.search(r"ours is (\w+)", message)[1] in option_names(optimizer_class.__init__)
 
 
 def test_the_value_is_shown_as_json():
