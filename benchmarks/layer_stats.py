@@ -19,9 +19,9 @@ import harness
 import torch
 from torch.nn.functional import cross_entropy
 
+from largebatch.engine.initialization import init_distributed, prepare_deepspeed
 from largebatch.launch.ports import free_port
 from largebatch.launch.reporting import Reporter
-from largebatch.launch.train import import_deepspeed
 from largebatch.models.registry import build_model
 from largebatch.optim.calls import Call
 
@@ -43,8 +43,8 @@ def main() -> None:
         ("MASTER_PORT", free_port()),
     ):
         os.environ.setdefault(name, str(value))
-    deepspeed = import_deepspeed()
-    deepspeed.init_distributed(verbose=False)
+    prepare_deepspeed()
+    init_distributed()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(
         f"{harness.hardware(device)}; {harness.versions('torch', 'deepspeed')}; {arguments.optimizer}, ZeRO 1, fp32\n"
@@ -54,11 +54,11 @@ def main() -> None:
     )
     for model in arguments.models.split(","):
         with tempfile.TemporaryDirectory() as folder:
-            print(measure(deepspeed, model, arguments, device, folder), flush=True)
+            print(measure(model, arguments, device, folder), flush=True)
     torch.distributed.destroy_process_group()
 
 
-def measure(deepspeed, model: str, arguments, device: str, folder: str) -> str:
+def measure(model: str, arguments, device: str, folder: str) -> str:
     """A row of the table."""
     image_shape, num_classes, batch = SHAPES[model]
     torch.manual_seed(0)
@@ -72,6 +72,8 @@ def measure(deepspeed, model: str, arguments, device: str, folder: str) -> str:
         "steps_per_print": 10**9,
     }
     with contextlib.redirect_stdout(None):
+        import deepspeed
+
         engine, *_ = deepspeed.initialize(model=network, model_parameters=network.parameters(), config=config)
     images = torch.rand(batch, *image_shape, device=engine.device)
     labels = torch.randint(num_classes, (batch,), device=engine.device)

@@ -31,17 +31,18 @@ LAYOUTS = {
 
 def work(arguments: argparse.Namespace) -> None:
     """One run, inside a rank: writes the loss of every step."""
+    import deepspeed
     import torch
     import torch.distributed as dist
 
     from largebatch import schedule
+    from largebatch.engine.initialization import init_distributed, prepare_deepspeed
     from largebatch.launch.inputs.loading import ImageLoader
     from largebatch.launch.inputs.sources import load_data
-    from largebatch.launch.train import import_deepspeed
     from largebatch.models.registry import build_model
 
-    deepspeed = import_deepspeed()
-    deepspeed.init_distributed(verbose=False)
+    prepare_deepspeed()
+    init_distributed()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     data = load_data("mnist", arguments.data)
     torch.manual_seed(SEED)

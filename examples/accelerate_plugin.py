@@ -19,7 +19,6 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 import largebatch
-from largebatch.lr_schedulers import WarmupPolyLR
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--config", default=pathlib.Path(__file__).with_suffix(".json"))
@@ -65,7 +64,9 @@ else:
         model.parameters(), lr=0.04, weight_decay=0.01, exclude_from_adaptation=["bias", "norm"], model=model
     )
     # stepped once a step; one of torch's Accelerate steps as many times a step as there are ranks
-    scheduler = WarmupPolyLR(optimizer, total_steps=num_batches // accelerator.num_processes, warmup_steps=6, power=1)
+    scheduler = largebatch.WarmupPolyLR(
+        optimizer, total_steps=num_batches // accelerator.num_processes, warmup_steps=6, power=1
+    )
 model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
 
 for _ in range(arguments.epochs):

@@ -9,7 +9,7 @@ import os
 from typing import Any
 
 from largebatch.config import nearest_hint
-from largebatch.engine_config.files import read_json
+from largebatch.engine.config_checks.files import read_json
 from largebatch.launch.recipe_files import find_recipe
 from largebatch.launch.recipe_section import check_sections
 

@@ -25,6 +25,8 @@ START_SECONDS = 120
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 ready, 1 if something would make a run fail, 2 after one line on what is wrong with the request."""
     arguments = parse_arguments(argv)
+    if arguments.patches:
+        return print_patches()
     try:
         slots = read_hostfile(arguments.hostfile) if arguments.hostfile else {}
         if arguments.read:
@@ -44,6 +46,20 @@ def main(argv: list[str] | None = None) -> int:
     else:
         print(report_text(gathered, findings))
     return 1 if any(finding.level == FAILS for finding in findings) else 0
+
+
+def print_patches() -> int:
+    """What largebatch changes in DeepSpeed, and whether the one that is installed has it all: 1 if not."""
+    from largebatch.engine import internals, patches
+
+    print(patches.listing())
+    try:
+        patches.check_all_there()
+    except RuntimeError as error:
+        print(f"largebatch: error: {error}", file=sys.stderr)
+        return 1
+    print(f"{internals.versions()} has all that is changed or read")
+    return 0
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -78,6 +94,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--read", metavar="FILE", help="judge what rank_check has printed under another launcher (-: standard input)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--patches", action="store_true", help="print what largebatch changes in DeepSpeed, and why, and nothing else"
+    )
     return parser.parse_args(argv)
 
 

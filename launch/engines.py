@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import os
-import types
-import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
 from largebatch.config import reject
-from largebatch.engine_config import check_engine_config
-from largebatch.engine_config.arguments import in_our_words, is_answer
-from largebatch.engine_config.combinations import check_optimizer_type
+from largebatch.engine.config_checks import check_engine_config
+from largebatch.engine.config_checks.combinations import check_optimizer_type
+from largebatch.engine.initialization import initialize, prepare_deepspeed
 from largebatch.launch.cpu_memory import KEPT, NOT_KEPT, keep_freed_memory
 from largebatch.launch.micro_batch import Trial, largest_that_fits
 from largebatch.launch.parameter_groups import check_baseline_options, parameter_groups
@@ -26,34 +23,17 @@ from largebatch.launch.task import Task
 from largebatch.models.batch_norm import MICRO_BATCH, apply_batch_norm_span
 
 
-def import_deepspeed() -> Any:
-    """DeepSpeed with largebatch registered, without its chatter, and with gloo alone on the CPU."""
-    # torch 2.15 deprecates collectives under the names by which DeepSpeed 0.19.8 calls them
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(deepspeed|torch)\..*")
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        is_memory_kept = keep_freed_memory()
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(
-                max(
-                    1,
-                    len(os.sched_getaffinity(0))
-                    // int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", 1)),
-                )
-            )
-    import deepspeed
-    from deepspeed.utils import logger
-
-    import largebatch
-
-    logger.setLevel(logging.WARNING)
-    largebatch.register()
-    if not torch.cuda.is_available():
-        logging.getLogger("largebatch").info(KEPT if is_memory_kept else NOT_KEPT)
-    if os.environ.get("DS_ACCELERATOR") == "cpu":
-        # DeepSpeed's shared-memory all-reduce needs a compiler and leaves 66 MB per rank in /dev/shm after each run
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
+def set_up_deepspeed() -> None:
+    """DeepSpeed with largebatch registered; on CPUs with the threads and the memory that ranks there should take."""
+    if torch.cuda.is_available():
+        prepare_deepspeed()
+        return
+    is_memory_kept = keep_freed_memory()
+    if "OMP_NUM_THREADS" not in os.environ:
+        num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", 1))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_ranks))
+    prepare_deepspeed()
+    logging.getLogger("largebatch").info(KEPT if is_memory_kept else NOT_KEPT)
 
 
 def check_ds_config(plan: Plan, *, world_size: int) -> None:
@@ -83,24 +63,12 @@ def build_engine(task: Task, plan: Plan, *, world_size: int) -> tuple[Any, str, 
     """A freshly initialised model and its optimizer, sharded and on the device. A collective.
 
     Returns:
-        The engine; one line on batch normalisation, "" without; the monitor that the ds_config asks for. The engine itself
-        gets a silent one: its own figures repeat ours, and it would write to the disk at every step.
+        The engine; one line on batch normalisation, "" without; the monitor that the ds_config asks for.
     """
-    import deepspeed
-
     torch.manual_seed(plan.section["seed"])
     model = task.build_model()
     batch_norm = set_batch_norm_span(model, plan, plan.micro_batch, world_size)
-    groups = parameter_groups(model, plan.section["no_weight_decay"])
-    # BF16_Optimizer prints memory figures whatever the log level; compiling an operator flushes what it prints to
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        try:
-            engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=copy.deepcopy(plan.config))
-        except Exception as error:  # of a baseline's: register() does the same for our own optimizers
-            if not is_answer(error):
-                raise
-            raise in_our_words(error) from error
-    monitor, engine.monitor = engine.monitor, types.SimpleNamespace(enabled=False)
+    engine, monitor = initialize(model, parameter_groups(model, plan.section["no_weight_decay"]), plan.config)
     return engine, batch_norm, monitor
 
 

@@ -26,15 +26,6 @@ def timeout_of(section: dict) -> datetime.timedelta:
     return datetime.timedelta(seconds=seconds)
 
 
-def set_timeout_of_all_groups(timeout: datetime.timedelta) -> None:
-    """Of the groups that exist: DeepSpeed makes its own with torch's 30 minutes whatever the first one has."""
-    c10d = dist.distributed_c10d
-    set_timeout = getattr(c10d, "set_timeout", None) or c10d._set_pg_timeout  # before torch 2.14
-    for group in list(c10d._world.pg_map):
-        if not c10d._rank_not_in_group(group):
-            set_timeout(timeout, group)
-
-
 def is_lost_rank(error: BaseException) -> bool:
     """Whether an error says that another rank, or the way to it, is gone. gloo's are plain RuntimeErrors."""
     if isinstance(error, dist.DistError):

@@ -10,21 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from largebatch.engine.silent_collectives import silent_collectives
+
 SHARE_OF_MEMORY = 0.95
 """What tries may take of a GPU; the rest is for fragmentation and the libraries' own allocations."""
 
 OUT_OF_MEMORY_MESSAGES = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 """Of RuntimeErrors that mean the same as torch.OutOfMemoryError."""
-
-COLLECTIVES = re.compile(r"_?(all|broadcast|reduce|gather|scatter|barrier|monitored_barrier|send|recv)")
-"""Beginnings of the names of torch.distributed.ProcessGroup's methods through which all communication goes."""
 
 FAILED = -1
 """In place of an answer, 0 or 1."""
@@ -80,45 +78,6 @@ def on_all_ranks(is_so: Callable[[], bool], device: torch.device) -> bool:
     if agreed.item() == FAILED:
         raise RuntimeError("another rank has failed while it tried a micro-batch; its own message says why")
     return bool(agreed.item())
-
-
-class Finished:
-    """What a collective that was not sent returns."""
-
-    def wait(self, *_: Any) -> bool:
-        return True
-
-    def is_completed(self) -> bool:
-        return True
-
-    def get_future(self) -> torch.futures.Future:
-        future: torch.futures.Future = torch.futures.Future()
-        future.set_result(None)
-        return future
-
-
-@contextlib.contextmanager
-def silent_collectives() -> Iterator[None]:
-    """Inside, collectives return at once and leave their tensors as they are, and new process groups are the world's."""
-    from deepspeed.runtime.zero import utils as zero_utils
-
-    silent = [(dist.ProcessGroup, name, no_collective) for name in vars(dist.ProcessGroup) if COLLECTIVES.match(name)]
-    silent.append((dist, "new_group", lambda *_, **__: dist.group.WORLD))
-    # stage 3 compares itself with rank 0
-    silent.append((zero_utils, "assert_lst_len_same_as_other_ranks", lambda values: None))
-    silent.append((zero_utils, "get_lst_from_rank0", lambda values: values))
-    originals = [(owner, name, vars(owner)[name]) for owner, name, _ in silent]
-    try:
-        for owner, name, replacement in silent:
-            setattr(owner, name, replacement)
-        yield
-    finally:
-        for owner, name, original in originals:
-            setattr(owner, name, original)
-
-
-def no_collective(*_: Any, **__: Any) -> Finished:
-    return Finished()
 
 
 class Trial:

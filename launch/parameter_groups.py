@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from largebatch.baselines import Adagrad
 from largebatch.config import NON_NEGATIVE, Check, betas, boolean, check_option_names
+from largebatch.engine.baselines import Adagrad
+from largebatch.engine.optimizers import OPTIMIZERS
 from largebatch.exclusion import KINDS, identities, is_excluded
-from largebatch.register import OPTIMIZERS
 
 
 def parameter_groups(model: nn.Module, no_weight_decay: Sequence[str]) -> list[dict[str, Any]]:

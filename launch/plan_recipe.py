@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from largebatch.engine.lr_schedulers import SCHEDULERS
 from largebatch.launch.recipe_files import find_recipe, load_recipes
 from largebatch.launch.recipe_section import check_section
 from largebatch.launch.run_plan import LENGTHS, micro_batch_candidates
-from largebatch.lr_schedulers import SCHEDULERS
 from largebatch.planning.memory import STATE_BYTES
 from largebatch.planning.planner import batch_unit, nearest_batches
 from largebatch.planning.scaling_rules import Rates, default_rule, lars_table_rates, scaled_rates

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from largebatch.config import is_number, nearest_hint
+from largebatch.engine.lr_schedulers import SCHEDULERS
 from largebatch.launch.parameter_groups import check_baseline
 from largebatch.launch.recipe_section import LONGEST, check_section, check_sections
-from largebatch.lr_schedulers import SCHEDULERS
 from largebatch.models.batch_norm import MICRO_BATCH, pieces_for
 from largebatch.schedule import scaled_lr
 

@@ -9,18 +9,14 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from largebatch.engine_config.files import read_json
+from largebatch.engine.config_checks.files import read_json
+from largebatch.engine.initialization import init_distributed, set_timeout_of_all_groups
 from largebatch.kernels.dispatch import UnavailableKernelsError
 from largebatch.launch import exit_codes, lost_ranks, run_lock
 from largebatch.launch.arguments import apply_overrides, parse_arguments, read_recipe
 from largebatch.launch.checkpoints import files, loading, saving
 from largebatch.launch.checkpoints.storage import broadcast, follow_storage
-from largebatch.launch.engines import (
-    build_engine,
-    check_ds_config,
-    find_micro_batch,
-    import_deepspeed,
-)
+from largebatch.launch.engines import build_engine, check_ds_config, find_micro_batch, set_up_deepspeed
 from largebatch.launch.inputs.image_folder import UnreadableImageError
 from largebatch.launch.launcher_watch import end_with_launcher
 from largebatch.launch.leaving import give_up, leave, refuse
@@ -127,11 +123,11 @@ def prepare(arguments) -> Run:
 
     if not is_launched():
         be_the_only_rank()
-    deepspeed = import_deepspeed()
+    set_up_deepspeed()
     for draft in drafts:
         check_ds_config(draft, world_size=world_size)
     timeout = lost_ranks.timeout_of(section)
-    deepspeed.init_distributed(verbose=False, timeout=timeout)
+    init_distributed(timeout=timeout)
     checkpoints = os.path.join(folder, "checkpoints")
     for line in {follow_storage(of_stage, checkpoints) for of_stage in recipes} - {""}:
         if rank == 0:
@@ -174,7 +170,7 @@ def open_stage(run: Run, stage: Stage, reporter: Reporter | None) -> tuple[Train
     """
     task = run.tasks[stage.number]
     engine, batch_norm, monitor = build_engine(task, stage.plan, world_size=run.world_size)
-    lost_ranks.set_timeout_of_all_groups(run.timeout)
+    set_timeout_of_all_groups(run.timeout)
     first_step = 0
     if run.first_step > stage.first_step:
         loading.load(engine, run.checkpoints, run.first_step, rank=run.rank)

@@ -12,7 +12,7 @@ import os
 import runpy
 import sys
 
-from largebatch.register import register
+from largebatch.engine.register import register
 
 USAGE = """usage: deepspeed [launcher options] --module largebatch SCRIPT.py|PACKAGE.MODULE [arguments of the script]
        largebatch COMMAND [arguments]

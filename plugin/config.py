@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from largebatch.kernels.dispatch import CHOICES as KERNEL_CHOICES
+KERNELS = ("auto", "reference", "cpp", "triton", "apex")
+"""Choices of the option ``kernels``."""
 
 
 class UnknownOptionError(TypeError, ValueError):
@@ -283,7 +284,7 @@ CHECKS: dict[str, Check] = {
     "max_grad_norm": CLIP,
     "exclude_from_adaptation": patterns,
     "exclude_from_weight_decay": patterns,
-    "kernels": one_of(*KERNEL_CHOICES),
+    "kernels": one_of(*KERNELS),
     "state_dtype": one_of("fp32", "bf16"),
     "overwrite_grads": boolean,
 }

@@ -49,13 +49,14 @@ def main() -> int:
     arguments = stage_arguments(__doc__)
     report = Report(arguments)
     report.add(*measured_head("The kernels in the engine, against the reference", arguments))
-    from largebatch.launch.engines import import_deepspeed
+    from largebatch.engine.initialization import init_distributed, prepare_deepspeed
     from largebatch.launch.single_process import be_the_only_rank
 
     be_the_only_rank()
     import torch
 
-    import_deepspeed().init_distributed("gloo" if arguments.device == "cpu" else "nccl", verbose=False)
+    prepare_deepspeed()
+    init_distributed("gloo" if arguments.device == "cpu" else "nccl")
     from support import engine_runs
     from support.problems import relative_error
 

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from largebatch.engine.checkpoint.writing import collected_errors
 from largebatch.launch.checkpoints import saving
 from largebatch.launch.checkpoints.retention import KEEP_ALL, Retention
 
@@ -68,7 +69,7 @@ class BackgroundSaving:
         copies: list[tuple[Any, str]] = []
 
         def copy(state: Any, path: str) -> None:
-            with saving.collected_errors(errors):
+            with collected_errors(errors):
                 copies.append((self.stager.stage(state), path))
 
         with saving.abandoned_on_error(attempt):
@@ -79,7 +80,7 @@ class BackgroundSaving:
             try:
                 with saving.abandoned_on_error(attempt):
                     for state, path in copies:
-                        with saving.collected_errors(errors):
+                        with collected_errors(errors):
                             write_file(state, path)
                     copies.clear()
                     saving.complete(attempt, errors, self.group)

@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from largebatch.checkpoint.agreement import gathered
-from largebatch.engine_config.arguments import is_raised_by
+from largebatch.engine.checkpoint.agreement import gathered
+from largebatch.engine.config_checks.arguments import is_raised_by
 from largebatch.launch.checkpoints import files
 from largebatch.launch.checkpoints.storage import storage_of
 from largebatch.launch.lost_ranks import is_lost_rank

@@ -5,19 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 
+from largebatch.engine.checkpoint.writing import Write, collected_errors, files_handed_to
 from largebatch.launch.checkpoints import files
 from largebatch.launch.checkpoints.retention import KEEP_ALL, Retention
 from largebatch.launch.checkpoints.storage import Storage, gathered, partial_id, storage_of
 from largebatch.launch.running_statistics import averaged_over_ranks, own_state
-
-Write = Callable[[Any, str], None]
-"""(state, path): writes a file of a checkpoint, or sees to it that it will be written."""
 
 
 class CheckpointError(RuntimeError):
@@ -185,15 +183,6 @@ def said_by_ranks(errors: list[str], group: dist.ProcessGroup | None) -> str:
 
 
 @contextlib.contextmanager
-def collected_errors(errors: list[str]) -> Iterator[None]:
-    """Keeps an error of the file system for later, when all ranks can speak of it."""
-    try:
-        yield
-    except (OSError, RuntimeError, MemoryError) as error:  # torch.save says RuntimeError when the disk is full
-        errors.append(f"{type(error).__name__}: {error}")
-
-
-@contextlib.contextmanager
 def abandoned_on_error(attempt: Attempt) -> Iterator[None]:
     """Removes what there is of a checkpoint that could not be written."""
     try:
@@ -202,37 +191,6 @@ def abandoned_on_error(attempt: Attempt) -> Iterator[None]:
         if attempt.storage.is_owner:
             shutil.rmtree(attempt.partial, ignore_errors=True)
         raise
-
-
-@contextlib.contextmanager
-def files_handed_to(engine: Any, write: Write, errors: list[str]) -> Iterator[None]:
-    """Inside, the engine's files go through ``write``, and what it writes by itself raises nothing: errors are for later."""
-    writer = engine.checkpoint_engine
-
-    def collecting(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with collected_errors(errors):
-                return function(*args, **kwargs)
-
-        return call
-
-    replaced = (
-        (writer, "save", lambda state_dict, path: write(state_dict, path)),
-        (writer, "makedirs", collecting(writer.makedirs)),
-        (engine, "_copy_recovery_script", collecting(engine._copy_recovery_script)),
-        (shutil, "copytree", collecting(shutil.copytree)),  # of files that were offloaded to NVMe
-    )
-    before = [(owner, name, vars(owner).get(name)) for owner, name, _ in replaced]
-    for owner, name, function in replaced:
-        setattr(owner, name, function)
-    try:
-        yield
-    finally:
-        for owner, name, own in before:
-            if own is None:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, own)
 
 
 def put_in_place(partial: str, final: str) -> None:

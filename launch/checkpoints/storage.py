@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from largebatch.checkpoint.agreement import gathered, raise_together
+from largebatch.engine.checkpoint.agreement import gathered, raise_together
 
 
 @dataclass(frozen=True)

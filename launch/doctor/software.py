@@ -44,10 +44,10 @@ def versions() -> dict[str, str | None]:
 
 def import_problem() -> str | None:
     """Why DeepSpeed with largebatch cannot be started here, or None. Imports both."""
-    from largebatch.launch.train import import_deepspeed
+    from largebatch.launch.engines import set_up_deepspeed
 
     try:
-        import_deepspeed()
+        set_up_deepspeed()
     except Exception as error:  # whatever it is, the run would meet it too
         return f"{type(error).__name__}: {error}"[:500]
     return None

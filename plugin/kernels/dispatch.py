@@ -15,8 +15,6 @@ from largebatch.kernels.reference import ReferenceKernels
 
 logger = logging.getLogger("largebatch")
 
-CHOICES = ("auto", "reference", "cpp", "triton", "apex")
-"""Legal values of the optimizers' ``kernels`` argument."""
 
 OLDEST_TRITON = (3, 2)
 """Triton that compiles the kernels; tests/kernels/test_launch_path.py compiles them with what is installed and an older one."""
@@ -37,7 +35,7 @@ def choose(device_type: str, requested: str) -> Kernels:
     - "auto": the fastest of the first three that works here.
 
     Args:
-        requested: one of :data:`CHOICES`, already checked.
+        requested: one of ``largebatch.config.KERNELS``, already checked.
 
     Raises:
         UnavailableKernelsError: the backend that was named does not work here.

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from largebatch.baselines import Adagrad
+from largebatch.engine.baselines import Adagrad
 from support import engine_runs
 
 LR = 0.02

@@ -15,8 +15,8 @@ from torch.optim.lr_scheduler import PolynomialLR
 from torch.utils.data import DistributedSampler
 
 import largebatch
+from largebatch.engine.lr_schedulers import WarmupPolyLR
 from largebatch.launch.ports import free_port
-from largebatch.lr_schedulers import WarmupPolyLR
 from support import engine_runs, launching
 
 GLOBAL_BATCH = 512

@@ -1,8 +1,14 @@
 """What register() changes in DeepSpeed, what it leaves alone, and what it refuses."""
 
+import json
+import pathlib
+import subprocess
+import sys
+
 import pytest
 
-from support import engine_runs
+from largebatch.engine.patches import PATCHES, listing
+from support import engine_runs, registering
 
 MESSAGE = "no error was raised"
 
@@ -66,7 +72,7 @@ def class_built(json_type, params, stage):
         ("NLAMB", "largebatch.optim.lamb.NLAMB"),
         ("nnLamb", "largebatch.optim.lamb.NNLAMB"),
         ("SGD", "torch.optim.sgd.SGD"),
-        ("Adagrad", "largebatch.baselines.Adagrad"),
+        ("Adagrad", "largebatch.engine.baselines.Adagrad"),
     ],
 )
 def test_any_spelling_is_ours_and_other_optimizers_are_left_alone(rank_pool, json_type, built, stage):
@@ -148,36 +154,35 @@ def test_a_client_optimizer_is_exact_too(rank_pool):
     assert relative_error(found, expected) < 3e-6
 
 
-def refusal_of_changed_internals():
-    """Pretends that DeepSpeed has moved something, in a module of its own."""
-    import sys
-    import types
-
-    import deepspeed.runtime.engine as engine_module
-
-    module = sys.modules["largebatch.register"]
-    real = module.importlib.import_module
-    stripped = types.SimpleNamespace(**{k: v for k, v in vars(engine_module).items() if k != "LAMB_OPTIMIZER"})
-    names = types.SimpleNamespace(import_module=lambda name: stripped if name == engine_module.__name__ else real(name))
-    module.importlib = names
-    try:
-        module.register()
-        return MESSAGE
-    except RuntimeError as error:
-        return str(error)
-    finally:
-        import importlib
-
-        module.importlib = importlib
+@pytest.fixture(scope="module")
+def without_each_name():
+    """Of a process in which register() was never called."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "support.registering"],
+        cwd=pathlib.Path(__file__).parents[1], capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(ended.stdout.splitlines()[-1])
 
 
-def test_unknown_internals_are_named(rank_pool):
-    (error,) = rank_pool.run(1, refusal_of_changed_internals)
-    assert "lacks deepspeed.runtime.engine.LAMB_OPTIMIZER" in error and "tested with DeepSpeed 0.19.8" in error
+@pytest.mark.parametrize("name", registering.names_needed())
+def test_without_a_name_nothing_is_registered_and_with_it_back_everything_is(without_each_name, name):
+    error, is_unchanged, error_later, is_changed = without_each_name[name]
+    assert f" lacks {name.replace(':', '.')}" in error and "Install a tested version" in error and "\n" not in error
+    assert is_unchanged
+    assert (error_later, is_changed) == ("", True)
+
+
+def test_the_table_says_what_register_changes():
+    shown = listing()
+    assert len({patch.target for patch in PATCHES}) == len(PATCHES)
+    for patch in PATCHES:
+        assert patch.target.replace(":", ".") in shown
+        assert all((patch.effect, patch.reason, patch.until, patch.scope))
 
 
 def missing_attribute_of_a_wrapper():
-    from largebatch.layer_map import zero
+    from largebatch.engine import wrappers
 
     class DeepSpeedZeroOptimizer:
         single_partition_of_fp32_groups = []
@@ -188,7 +193,7 @@ def missing_attribute_of_a_wrapper():
     errors = []
     for wrapper in (DeepSpeedZeroOptimizer(), ZenFlowOptimizer()):
         try:
-            zero.read_layout(wrapper)
+            wrappers.read_layout(wrapper)
         except RuntimeError as error:
             errors.append(str(error))
     return errors
@@ -202,20 +207,23 @@ def test_an_unknown_layout_names_attribute_and_version(rank_pool):
 
 def wrong_map_is_noticed():
     """A reader that mixes up two layers must be caught by the comparison with the tensors."""
-    from largebatch.layer_map import zero
+    from largebatch.engine import wrappers
 
-    def swapped(wrapper):
-        groups = wrapper.round_robin_bit16_groups
-        mixed = [[group[2], *group[1:2], group[0], *group[3:]] for group in groups]
-        offsets = [zero.cumulative_offsets(group) for group in mixed]
-        return zero.read_slices(wrapper.single_partition_of_fp32_groups, mixed, offsets, wrapper.real_dp_process_group)
+    class Swapped(wrappers.ZeroStages1And2):
+        def layout(self, wrapper):
+            groups = wrapper.round_robin_bit16_groups
+            mixed = [[group[2], *group[1:2], group[0], *group[3:]] for group in groups]
+            offsets = [wrappers.cumulative_offsets(group) for group in mixed]
+            return wrappers.read_slices(
+                wrapper.single_partition_of_fp32_groups, mixed, offsets, wrapper.real_dp_process_group
+            )
 
-    original = zero.READERS["DeepSpeedZeroOptimizer"]
-    zero.READERS["DeepSpeedZeroOptimizer"] = swapped
+    original = wrappers.READERS["DeepSpeedZeroOptimizer"]
+    wrappers.READERS["DeepSpeedZeroOptimizer"] = Swapped()
     try:
         return error_of({})
     finally:
-        zero.READERS["DeepSpeedZeroOptimizer"] = original
+        wrappers.READERS["DeepSpeedZeroOptimizer"] = original
 
 
 def test_a_map_that_does_not_fit_the_tensors_is_refused_on_every_rank(rank_pool):

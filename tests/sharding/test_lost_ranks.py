@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from largebatch.engine.initialization import set_timeout_of_all_groups
 from largebatch.launch import lost_ranks
 from support.rank_pool import RankPool
 
@@ -21,7 +22,7 @@ def lose(how, folder):
     seconds = SECONDS if how == "hangs" else 600
     timeout = datetime.timedelta(seconds=seconds)
     group = dist.new_group()
-    lost_ranks.set_timeout_of_all_groups(timeout)
+    set_timeout_of_all_groups(timeout)
     said = pathlib.Path(folder) / "said"
     if dist.get_rank() == 1:
         if how == "killed":

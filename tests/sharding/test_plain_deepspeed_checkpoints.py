@@ -3,7 +3,7 @@
 import pytest
 
 import largebatch
-from largebatch.lr_schedulers import SCHEDULERS
+from largebatch.engine.lr_schedulers import SCHEDULERS
 from support import engine_runs
 
 SCHEDULER = {"type": "WarmupDecayLR", "params": {"total_num_steps": 20, "warmup_num_steps": 2, "warmup_max_lr": 0.5}}

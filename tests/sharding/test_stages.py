@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 
 import largebatch
+from largebatch.engine.lr_schedulers import WarmupPolyLR
 from largebatch.launch.inputs.in_memory import load_digits
 from largebatch.launch.inputs.sample_order import SampleOrder
 from largebatch.launch.recipe_section import stage_recipes
 from largebatch.launch.run_plan import make_plan, make_stages
-from largebatch.lr_schedulers import WarmupPolyLR
 from largebatch.models.registry import build_model
 from support import trainer_runs
 

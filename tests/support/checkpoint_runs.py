@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 import largebatch
-from largebatch.checkpoint.wrappers import stepped_tensors
+from largebatch.engine.wrappers import stepped_tensors
 from support import engine_runs
 
 FIRST, REST = 3, 3
@@ -27,7 +27,7 @@ def what_is_compared(engine):
 
 def master_pieces_of_baseline(engine):
     pieces = []
-    for stepped in stepped_tensors(engine):
+    for stepped in stepped_tensors(engine.optimizer):
         names = [engine.param_names[p] for p in stepped.partition.parameters]
         for s in stepped.partition.layer_map.segments:
             values = stepped.tensor.detach().reshape(-1)[s.start : s.stop].clone().float()

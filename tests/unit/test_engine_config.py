@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from largebatch.engine_config import check_engine_config
-from largebatch.engine_config.files import DEEPEST, read_json
+from largebatch.engine.config_checks import check_engine_config
+from largebatch.engine.config_checks.files import DEEPEST, read_json
 from largebatch.launch.recipe_files import load_recipes
 
 CONFIG = {

@@ -14,7 +14,7 @@ from torch import nn
 
 import largebatch
 from largebatch.config import UnknownOptionError
-from largebatch.lr_schedulers import SCHEDULERS
+from largebatch.engine.lr_schedulers import SCHEDULERS
 
 OPTIMIZERS = [torch.optim.Adam, largebatch.LARS, largebatch.LAMB, largebatch.NLAMB, largebatch.NNLAMB]
 OURS = OPTIMIZERS[1:]

@@ -8,9 +8,10 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
+from largebatch.engine.silent_collectives import silent_collectives
 from largebatch.launch import engines
 from largebatch.launch.arguments import read_recipe
-from largebatch.launch.micro_batch import is_out_of_memory, largest_that_fits, on_all_ranks, silent_collectives
+from largebatch.launch.micro_batch import is_out_of_memory, largest_that_fits, on_all_ranks
 from largebatch.launch.recipe_section import check_section
 from largebatch.launch.run_plan import micro_batch_candidates
 from support import trainer_runs

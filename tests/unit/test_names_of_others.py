@@ -7,7 +7,7 @@ import torch
 
 import largebatch
 from largebatch.config import OTHERS_OPTIONS, UnknownOptionError
-from largebatch.engine_config.combinations import OTHERS_TYPES, check_optimizer_type
+from largebatch.engine.config_checks.combinations import OTHERS_TYPES, check_optimizer_type
 from largebatch.optim.layerwise import option_names
 
 CLASSES = [largebatch.LARS, largebatch.LAMB, largebatch.NLAMB, largebatch.NNLAMB]

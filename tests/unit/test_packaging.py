@@ -1,6 +1,8 @@
 """What setup.cfg says against what is on the disk, and what importing does not do."""
 
+import ast
 import configparser
+import functools
 import pathlib
 import shutil
 import subprocess
@@ -63,25 +65,81 @@ def test_importing_patches_nothing_and_loads_no_deepspeed():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_imports_run_one_way():
-    """rules know torch alone; kernels know rules; the layer map's integers know neither torch.distributed nor deepspeed."""
-    forbidden = {
-        "plugin/rules": (
-            "largebatch.kernels",
-            "largebatch.optim",
-            "largebatch.layer_map",
-            "largebatch.config",
-            "deepspeed",
-        ),
-        "plugin/kernels": ("largebatch.optim", "largebatch.layer_map", "largebatch.config", "deepspeed", "distributed"),
-        "plugin/layer_map": ("largebatch.optim", "largebatch.kernels", "largebatch.rules"),
-        "plugin/optim": ("largebatch.register", "import deepspeed"),
-        "models": ("largebatch.optim", "largebatch.launch", "deepspeed"),
-    }
-    for folder, names in forbidden.items():
+LIBRARY = {
+    "rules": (),
+    "layer_map": (),
+    "telemetry": (),
+    "presets": (),
+    "exclusion": (),
+    "config": (),
+    "schedule": ("config",),
+    "kernels": ("rules", "telemetry"),
+    "optim": ("config", "exclusion", "kernels", "layer_map", "presets", "rules", "telemetry"),
+    "engine": ("config", "layer_map", "optim", "presets", "schedule"),
+    "planning": ("config", "schedule"),
+    "models": ("config",),
+    "ds_configs": ("schedule",),
+}
+"""Room -> rooms that it may import; the trainer (launch) and the package itself may import all."""
+
+
+@functools.cache
+def modules():
+    """Name of each module of the package -> its path."""
+    found = {}
+    for package, folder in (
+        ("", "plugin"),
+        ("models.", "models"),
+        ("launch.", "launch"),
+        ("ds_configs.", "ds_configs"),
+    ):
         for path in (ROOT / folder).rglob("*.py"):
-            imports = [line for line in path.read_text().splitlines() if line.lstrip().startswith(("import ", "from "))]
-            assert not [line for line in imports for name in names if name in line], path
+            name = ".".join(path.relative_to(ROOT / folder).with_suffix("").parts)
+            found[f"largebatch.{package}{name}".removesuffix(".__init__")] = path
+    return found
+
+
+def imports_of(path):
+    """Names of modules, wherever in the file they are imported; "from package import module" is the module's."""
+    own = modules()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if name in own else node.module for name in names)
+
+
+def room_of(module):
+    return module.split(".")[1] if "." in module else ""
+
+
+@pytest.mark.parametrize("room", LIBRARY)
+def test_imports_run_one_way(room):
+    paths = [path for name, path in modules().items() if room_of(name) == room]
+    assert paths
+    for path in paths:
+        imported = {room_of(name) for name in imports_of(path) if name.startswith("largebatch")} - {"", room}
+        assert imported <= {*LIBRARY[room]}, path
+
+
+def test_one_room_knows_deepspeed():
+    for name, path in modules().items():
+        if any(imported.partition(".")[0] == "deepspeed" for imported in imports_of(path)):
+            assert room_of(name) == "engine", path
+
+
+def test_no_import_goes_round_in_a_circle():
+    """Those inside functions count, too."""
+    paths = modules()
+    edges = {name: {i for i in imports_of(path) if i in paths and i != name} for name, path in paths.items()}
+    while edges:
+        leaves = {name for name, imported in edges.items() if not imported & edges.keys()}
+        assert leaves, f"each of these imports another of them: {', '.join(sorted(edges))}"
+        edges = {name: imported for name, imported in edges.items() if name not in leaves}
+
+
+def test_layouts_are_integers():
     assert "import torch" not in (ROOT / "plugin/layer_map/segment.py").read_text()
 
 

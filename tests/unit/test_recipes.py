@@ -9,19 +9,19 @@ import pytest
 import torch
 
 import largebatch.ds_configs
-from largebatch.baselines import Adagrad
 from largebatch.ds_configs.tables.entries import batch_name
 from largebatch.ds_configs.tables.files import all_recipes, by_source, text_of
 from largebatch.ds_configs.tables.readme import with_rows
+from largebatch.engine.baselines import Adagrad
+from largebatch.engine.lr_schedulers import SCHEDULERS
+from largebatch.engine.optimizers import OPTIMIZERS
 from largebatch.launch.arguments import apply_overrides, parse_arguments, read_recipe, set_entry
 from largebatch.launch.parameter_groups import parameter_groups
 from largebatch.launch.recipe_section import stage_recipes
 from largebatch.launch.recipes_command import NUM_SAMPLES
 from largebatch.launch.run_plan import make_plan
-from largebatch.lr_schedulers import SCHEDULERS
 from largebatch.models.bert import build_bert
 from largebatch.models.registry import build_model
-from largebatch.register import OPTIMIZERS
 
 FOLDER = pathlib.Path(largebatch.ds_configs.__file__).parent
 RECIPES = sorted(FOLDER.glob("*.json"))

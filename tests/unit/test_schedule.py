@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from largebatch import schedule
-from largebatch.lr_schedulers import SCHEDULERS, WarmupCosineDecayLR, WarmupPolyLR, WarmupStepLR
+from largebatch.engine.lr_schedulers import SCHEDULERS, WarmupCosineDecayLR, WarmupPolyLR, WarmupStepLR
 
 
 def test_warmup_reaches_the_peak_and_loses_no_step():

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from largebatch.checkpoint.layout import EngineLayout
+from largebatch.engine.checkpoint.layout import EngineLayout
 from largebatch.optim.state import check_same_meaning
 
 logger = logging.getLogger("largebatch")

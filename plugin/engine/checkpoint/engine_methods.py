@@ -15,15 +15,16 @@ from typing import Any
 
 import torch.distributed as dist
 
-from largebatch.checkpoint import resharding
-from largebatch.checkpoint.agreement import gathered, raise_together
-from largebatch.checkpoint.layout import KEY, EngineLayout, can_be_described, describe, differences
-from largebatch.checkpoint.saved import SavedCheckpoint, layout_in, mapped, model_files_in
-from largebatch.checkpoint.state import SAME_STATE, check_optimizers
+from largebatch.engine.checkpoint import resharding
+from largebatch.engine.checkpoint.agreement import gathered, raise_together
+from largebatch.engine.checkpoint.layout import KEY, EngineLayout, can_be_described, describe, differences
+from largebatch.engine.checkpoint.saved import SavedCheckpoint, layout_in, mapped, model_files_in
+from largebatch.engine.checkpoint.state import SAME_STATE, check_optimizers
+from largebatch.engine.optimizers import OPTIMIZERS
 
 logger = logging.getLogger("largebatch")
 
-OURS = ("LARS", "LAMB", "NLAMB", "NNLAMB")
+OURS = tuple(cls.__name__ for cls in OPTIMIZERS.values())
 
 
 def saving_layout(save: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,19 +15,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from largebatch.checkpoint.agreement import raise_together
-from largebatch.checkpoint.groups import options_for, scheduler_state_for
-from largebatch.checkpoint.layout import EngineLayout, NamedCut, describe
-from largebatch.checkpoint.saved import MASTER, Piece, SavedCheckpoint
-from largebatch.checkpoint.state import check_optimizers, make_state, scalars_of
-from largebatch.checkpoint.wrappers import (
+from largebatch.engine.checkpoint.agreement import raise_together
+from largebatch.engine.checkpoint.groups import options_for, scheduler_state_for
+from largebatch.engine.checkpoint.layout import EngineLayout, NamedCut, describe
+from largebatch.engine.checkpoint.saved import MASTER, Piece, SavedCheckpoint
+from largebatch.engine.checkpoint.state import check_optimizers, make_state, scalars_of
+from largebatch.engine.lr_schedulers import FactorLR
+from largebatch.engine.wrappers import (
     SteppedTensor,
     before_loading,
     refresh_parameters,
     restore_loss_scale,
     stepped_tensors,
 )
-from largebatch.lr_schedulers import FactorLR
 
 logger = logging.getLogger("largebatch")
 
@@ -100,7 +100,7 @@ def load(
         RuntimeError: on all ranks: a file could not be read. The engine is not to be used.
     """
     current = describe(engine)
-    optimizer, stepped = engine.basic_optimizer, stepped_tensors(engine)
+    optimizer, stepped = engine.basic_optimizer, stepped_tensors(engine.optimizer)
     with raise_together(f"{saved.path!r} cannot be loaded"):
         check_exchange(saved, current)
         check_layers(engine, saved, current, with_optimizer=with_optimizer, is_strict=is_strict)
@@ -140,7 +140,7 @@ def load(
         restore_counters(engine, states)
     if schedule is not None:
         engine.lr_scheduler.load_state_dict(schedule)
-    refresh_parameters(engine)
+    refresh_parameters(engine.optimizer)
     consumed = CONSUMED + ("lr_scheduler",) * with_scheduler + ("optimizer",) * with_optimizer
     return {key: value for key, value in states.items() if key not in consumed}
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from largebatch.checkpoint.saved import LayerState
-from largebatch.checkpoint.wrappers import SteppedTensor
+from largebatch.engine.checkpoint.saved import LayerState
+from largebatch.engine.wrappers import SteppedTensor
 from largebatch.optim.layerwise import LayerwiseOptimizer
 
 logger = logging.getLogger("largebatch")

@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from largebatch.config import UnknownOptionError, nearest_hint, reject
-from largebatch.engine_config import MISSPELT, check_engine_config
-from largebatch.engine_config.combinations import check_optimizer_type
-from largebatch.engine_config.files import read_json
-from largebatch.engine_config.models import sentence
-from largebatch.engine_config.tables import section
+from largebatch.engine.config_checks import MISSPELT, check_engine_config
+from largebatch.engine.config_checks.combinations import check_optimizer_type
+from largebatch.engine.config_checks.files import read_json
+from largebatch.engine.config_checks.models import sentence
+from largebatch.engine.config_checks.tables import section
+from largebatch.engine.internals import internal
+from largebatch.engine.optimizers import OPTIMIZERS
 
 LIBRARIES = (
     "deepspeed",
@@ -29,12 +31,11 @@ LIBRARIES = (
 """Where errors come from that say nothing of the ds_config."""
 
 
-def check_arguments(arguments: Mapping[str, Any], ours: Mapping[str, type]) -> bool:
+def check_arguments(arguments: Mapping[str, Any]) -> bool:
     """Checks the ds_config of a call if one of our optimizers is asked for, and returns whether; leaves others to DeepSpeed.
 
     Args:
         arguments: of deepspeed.initialize, by name.
-        ours: JSON ``optimizer.type``, lower-cased -> class.
 
     Raises:
         ValueError, TypeError: naming the file or the entry, its value and what is allowed.
@@ -52,9 +53,9 @@ def check_arguments(arguments: Mapping[str, Any], ours: Mapping[str, type]) -> b
         section("optimizer", config["optimizer"])
         name = config["optimizer"].get("type")
         check_optimizer_type(name)
-        is_ours = name.lower() in ours
+        is_ours = name.lower() in OPTIMIZERS
     else:
-        is_ours = isinstance(client, tuple(ours.values()))
+        is_ours = isinstance(client, tuple(OPTIMIZERS.values()))
     if is_ours:
         num_ranks = ranks_of_the_job()
         check_engine_config(
@@ -87,10 +88,8 @@ def config_of(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def has_other_parallelism(arguments: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
     """Whether the ranks are, or may be, not all of data parallelism."""
-    from deepspeed.runtime.pipe.module import PipelineModule
-
     is_given = arguments.get("mpu") is not None or arguments.get("mesh_param") is not None
-    is_given |= isinstance(arguments.get("model"), PipelineModule)
+    is_given |= isinstance(arguments.get("model"), internal("PipelineModule"))
     return is_given or any(
         key in config for key in ("sequence_parallel_size", "data_parallel_size", "tensor_parallel", "expert_parallel")
     )
@@ -122,5 +121,5 @@ def is_raised_by(error: BaseException, packages: Sequence[str]) -> bool:
     return last.tb_frame.f_globals.get("__name__", "").partition(".")[0] in packages
 
 
-def in_our_words(error: Exception) -> ValueError:
+def as_user_error(error: Exception) -> ValueError:
     return ValueError(f"DeepSpeed makes no engine of this ds_config: {type(error).__name__}: {sentence(str(error))}")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from largebatch.checkpoint.whole import WholeState, torch_state_dict
+from largebatch.engine.checkpoint.whole import WholeState, torch_state_dict
 
 MODEL, OPTIMIZER, KIND, NAMES = "model", "optimizer", "optimizer_class", "names"
 """Keys of a file that is written here."""
@@ -29,7 +29,7 @@ def from_state_dicts(
     """A model's and an optimizer's state_dict as one state.
 
     Args:
-        kind: class name of the optimizer, e.g. "LAMB"; see largebatch.checkpoint.peers for those of others.
+        kind: class name of the optimizer, e.g. "LAMB"; see largebatch.engine.checkpoint.peers for those of others.
         names: of the optimizer's parameters in its own order; None to find them by the optimizer's ``param_names`` or, where
             there is one param group, by the order of the model's parameters. See :func:`names_in_optimizer`.
         num_steps: optimizer steps taken; None to take the state's step, where there is one.

@@ -7,47 +7,41 @@ import typing
 from typing import Any
 
 from largebatch.config import boolean, check_option_names, is_number, one_of, reject
-from largebatch.engine_config.tables import section, text
+from largebatch.engine.config_checks.tables import section, text
+from largebatch.engine.internals import internal
+
+MODELS = {
+    "zero_optimization": "DeepSpeedZeroConfig",
+    "fp16": "DeepSpeedFP16Config",
+    "bf16": "DeepSpeedBF16Config",
+    "bfloat16": "DeepSpeedBF16Config",
+    "tensorboard": "TensorBoardConfig",
+    "wandb": "WandbConfig",
+    "csv_monitor": "CSVConfig",
+    "comet": "CometConfig",
+    "comms_logger": "CommsLoggerConfig",
+    "compile": "CompileConfig",
+    "hybrid_engine": "HybridEngineConfig",
+    "tensor_parallel": "TPTrainingConfig",
+    "weight_quantization": "WeightQuantConfig",
+    "timers.throughput": "DeepSpeedThroughputTimerConfig",
+}
+"""Section -> DeepSpeed's model of it, where the version at hand has one."""
 
 
 def models() -> dict[str, type]:
-    """Section -> DeepSpeed's model of it."""
-    from deepspeed.comm.config import CommsLoggerConfig
-    from deepspeed.compile.config import CompileConfig
-    from deepspeed.inference.config import WeightQuantConfig
-    from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
-    from deepspeed.runtime.config import HybridEngineConfig
-    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
-    from deepspeed.runtime.tensor_parallel.config import TPTrainingConfig
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
-
-    return {
-        "zero_optimization": DeepSpeedZeroConfig,
-        "fp16": DeepSpeedFP16Config,
-        "bf16": DeepSpeedBF16Config,
-        "bfloat16": DeepSpeedBF16Config,
-        "tensorboard": TensorBoardConfig,
-        "wandb": WandbConfig,
-        "csv_monitor": CSVConfig,
-        "comet": CometConfig,
-        "comms_logger": CommsLoggerConfig,
-        "compile": CompileConfig,
-        "hybrid_engine": HybridEngineConfig,
-        "tensor_parallel": TPTrainingConfig,
-        "weight_quantization": WeightQuantConfig,
-        "timers.throughput": DeepSpeedThroughputTimerConfig,
-    }
+    """Section -> model, of the DeepSpeed at hand."""
+    found = {section_name: internal(model) for section_name, model in MODELS.items()}
+    return {section_name: model for section_name, model in found.items() if model is not None}
 
 
 def check_model(name: str, entries: Any, model: type) -> None:
     """Types as they are written in the model, without its conversions from other types; then the model itself."""
-    from deepspeed.runtime.zero.config import ZeroStageEnum
     from pydantic import ValidationError
 
     section(name, entries)
     fields = {alias: field for key, field in model.model_fields.items() for alias in (key, field.alias) if alias}
-    removed = removed_entries(name)
+    removed = internal("removed_zero_entries") if name == "zero_optimization" else {}
     for key, value in entries.items():
         if key in removed:
             raise ValueError(f"{name}.{key} is no longer a key of DeepSpeed's: {removed[key]}")
@@ -60,7 +54,7 @@ def check_model(name: str, entries: Any, model: type) -> None:
                 check_model(f"{name}.{key}", value, kind)
         elif value is not None and kind is bool:
             boolean(f"{name}.{key}", value)
-        elif kind is ZeroStageEnum:
+        elif kind is internal("ZeroStageEnum"):
             one_of(0, 1, 2, 3)(f"{name}.{key}", value)
         elif value is not None and kind in (int, float):
             check_number(f"{name}.{key}", value, kind)
@@ -75,12 +69,6 @@ def check_model(name: str, entries: Any, model: type) -> None:
         raise ValueError(f"{path} is {value!r}; {sentence(first['msg'])}") from None
     except (AssertionError, TypeError, ValueError) as error:
         raise ValueError(f"{name} is {entries!r}; {sentence(str(error))}") from None
-
-
-def removed_entries(name: str) -> dict[str, str]:
-    from deepspeed.runtime.config import _REMOVED_ZERO_CONFIG_KEYS
-
-    return _REMOVED_ZERO_CONFIG_KEYS if name == "zero_optimization" else {}
 
 
 def without_none(annotation: Any) -> Any:

@@ -10,9 +10,9 @@ lie, and ``engine.load_checkpoint`` loads a checkpoint at whatever layout the en
     checkpoint.write_deepspeed(checkpoint.convert(whole, "LARS"), "checkpoints/step100", "timm.Lars")
 """
 
-from largebatch.checkpoint.peers import KINDS, changed_options, convert
-from largebatch.checkpoint.plain import from_state_dicts, names_in_optimizer, read_pytorch, write_pytorch
-from largebatch.checkpoint.whole import WholeState, read_deepspeed, torch_state_dict, write_deepspeed
+from largebatch.engine.checkpoint.peers import KINDS, changed_options, convert
+from largebatch.engine.checkpoint.plain import from_state_dicts, names_in_optimizer, read_pytorch, write_pytorch
+from largebatch.engine.checkpoint.whole import WholeState, read_deepspeed, torch_state_dict, write_deepspeed
 
 __all__ = [
     "KINDS",

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch.optim.adagrad import adagrad
 
-from largebatch.layer_map.zero import read_unfused
+from largebatch.engine.wrappers import reader_of
 
 logger = logging.getLogger("largebatch")
 
@@ -86,7 +86,7 @@ def undo_first_step(engine: Any) -> None:
     wrapper, optimizer = engine.optimizer, engine.basic_optimizer
     if type(wrapper).__name__ != "FP16_UnfusedOptimizer":
         return
-    for master, partition in read_unfused(wrapper).items():
+    for master, partition in reader_of(wrapper).layout(wrapper).items():
         (parameter,) = partition.parameters
         master.copy_(parameter)
     optimizer.state.clear()

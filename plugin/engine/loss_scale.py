@@ -15,6 +15,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from largebatch.engine.internals import internal
+
 
 def repair(engine: Any) -> None:
     """Changes the methods of this engine and its wrapper only. Does nothing unless fp16 is on."""
@@ -63,12 +65,10 @@ def scale_loss_of(engine: Any) -> None:
 
 def follow_json(engine: Any) -> None:
     """Gives the stage-0 wrapper the dynamic scaler that ZeRO has, with hysteresis."""
-    from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
-
     wrapper, state = engine.optimizer, engine.optimizer.loss_scale_config
     if not state.dynamic_loss_scale:
         return
-    scaler = CreateLossScaler(
+    scaler = internal("CreateLossScaler")(
         dtype=wrapper.low_precision_dtype,
         static_loss_scale=engine.loss_scale(),
         dynamic_scaling=True,

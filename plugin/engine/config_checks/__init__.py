@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from largebatch.config import UnknownOptionError, nearest_hint, reject
-from largebatch.engine_config.combinations import (
+from largebatch.engine.config_checks.combinations import (
     check_batches,
     check_monitors,
     check_offload,
@@ -20,8 +20,9 @@ from largebatch.engine_config.combinations import (
     check_scheduler,
     check_stage,
 )
-from largebatch.engine_config.models import check_model, models
-from largebatch.engine_config.tables import SECTIONS, TOP_LEVEL, check_entries, section
+from largebatch.engine.config_checks.models import check_model, models
+from largebatch.engine.config_checks.tables import SECTIONS, TOP_LEVEL, check_entries, section
+from largebatch.engine.internals import internal
 
 MISSPELT = 0.85
 """Nearness (difflib's ratio) from which on a key is taken for a misspelt one: "comment" is not "comet"."""
@@ -78,10 +79,9 @@ def check_data_parallel_only(config: Mapping[str, Any]) -> None:
 
 
 def check_top_level_key(key: str, known: list[str], is_closed: bool) -> None:
-    from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS as REMOVED
-
-    if key in REMOVED:
-        raise ValueError(f"{key} is no longer a key of DeepSpeed's: {REMOVED[key]}")
+    removed = internal("removed_entries")
+    if key in removed:
+        raise ValueError(f"{key} is no longer a key of DeepSpeed's: {removed[key]}")
     if key not in known and (is_closed or nearest_hint(key, known, nearness=MISSPELT)):
         raise UnknownOptionError(
             f"{key!r} is not a key of a ds_config{nearest_hint(key, known)}; known: {', '.join(known)}"

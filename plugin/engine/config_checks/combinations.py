@@ -9,7 +9,13 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch.optim import lr_scheduler
+
 from largebatch.config import check_option_names, integer, nearest_hint, reject
+from largebatch.engine.internals import internal
+from largebatch.engine.lr_schedulers import SCHEDULERS
+from largebatch.engine.optimizers import OPTIMIZERS
 
 MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 """Section -> the package without which it cannot be enabled."""
@@ -50,15 +56,14 @@ def check_parallelism(config: Mapping[str, Any], num_ranks: int | None) -> None:
 
 
 def check_precision(config: Mapping[str, Any]) -> None:
-    from deepspeed.accelerator import get_accelerator
-
+    accelerator = internal("get_accelerator")()
     is_on = {name: config.get(name, {}).get("enabled") is True for name in ("fp16", "bf16", "bfloat16")}
     if is_on["fp16"] and (is_on["bf16"] or is_on["bfloat16"]):
         raise ValueError("fp16.enabled and bf16.enabled are both true; enable one of them")
-    device = get_accelerator().device_name()
-    if is_on["fp16"] and not get_accelerator().is_fp16_supported():
+    device = accelerator.device_name()
+    if is_on["fp16"] and not accelerator.is_fp16_supported():
         raise ValueError(f"fp16.enabled is true and this {device} cannot compute in fp16; use bf16, or neither")
-    if (is_on["bf16"] or is_on["bfloat16"]) and not get_accelerator().is_bf16_supported():
+    if (is_on["bf16"] or is_on["bfloat16"]) and not accelerator.is_bf16_supported():
         raise ValueError(f"bf16.enabled is true and this {device} cannot compute in bf16; use fp16, or neither")
     compute = next((name[:4] for name, on in is_on.items() if on), "fp32").replace("bflo", "bf16")
     accumulation = config.get("data_types", {}).get("grad_accum_dtype") or compute
@@ -79,8 +84,6 @@ def check_precision(config: Mapping[str, Any]) -> None:
 
 
 def check_stage(config: Mapping[str, Any]) -> None:
-    from deepspeed.accelerator import get_accelerator
-
     zero, stage = config.get("zero_optimization", {}), stage_of(config)
     if zero.get("legacy_stage1") is True:
         raise ValueError(
@@ -93,7 +96,7 @@ def check_stage(config: Mapping[str, Any]) -> None:
                     f"{key} is {config[key]!r} with zero_optimization.stage {stage}; DeepSpeed has that with "
                     '"reduce_scatter": false only. Set that, or leave it out'
                 )
-    bucket, memory = zero.get("reduce_bucket_size", "auto"), get_accelerator().total_memory()
+    bucket, memory = zero.get("reduce_bucket_size", "auto"), internal("get_accelerator")().total_memory()
     if stage and bucket != "auto" and 2 * bucket > memory:  # elements of two bytes at least
         reject(
             "zero_optimization.reduce_bucket_size",
@@ -140,13 +143,8 @@ def check_scheduler(config: Mapping[str, Any]) -> None:
     """The type and the names of its options; values of ours are checked when it is built."""
     if "scheduler" not in config:
         return
-    from deepspeed.runtime import lr_schedules
-    from torch.optim import lr_scheduler
-
-    from largebatch.lr_schedulers import SCHEDULERS
-
     entries = config["scheduler"]
-    known = list(dict.fromkeys([*SCHEDULERS, *lr_schedules.VALID_LR_SCHEDULES]))
+    known = list(dict.fromkeys([*SCHEDULERS, *internal("known_schedules")]))
     name = entries.get("type")
     of_torch = vars(lr_scheduler).get(name)
     is_of_torch = isinstance(of_torch, type) and issubclass(of_torch, lr_scheduler.LRScheduler)
@@ -161,7 +159,7 @@ def check_scheduler(config: Mapping[str, Any]) -> None:
             f"scheduler.type is {name!r}, torch's own, which takes none of the optimizers that DeepSpeed builds for ZeRO, fp16 or "
             f"bf16; expected one of {', '.join(known)}"
         )
-    scheduler = SCHEDULERS.get(name) or (getattr(lr_schedules, name) if name in known else of_torch)
+    scheduler = SCHEDULERS.get(name) or (getattr(internal("lr_schedules"), name) if name in known else of_torch)
     options = list(inspect.signature(scheduler.__init__).parameters)[2:]
     check_option_names(entries["params"], options, "scheduler.params")
     for key, value in entries["params"].items():
@@ -188,18 +186,13 @@ def check_optimizer_type(name: Any) -> None:
     Raises:
         ValueError: names what is known and the nearest.
     """
-    import torch
-    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
-
-    from largebatch.register import OPTIMIZERS
-
     if isinstance(name, str) and name.lower() in OTHERS_TYPES:
         raise ValueError(f"optimizer.type is {name!r}; write {OTHERS_TYPES[name.lower()]}")
     of_torch = getattr(torch.optim, name, None) if isinstance(name, str) else None
     is_of_torch = (
         isinstance(of_torch, type) and issubclass(of_torch, torch.optim.Optimizer) and of_torch is not torch.optim.Optimizer
     )  # fmt: skip
-    if not isinstance(name, str) or (name.lower() not in DEEPSPEED_OPTIMIZERS and not is_of_torch):
+    if not isinstance(name, str) or (name.lower() not in internal("known_optimizers") and not is_of_torch):
         known = [cls.__name__ for cls in OPTIMIZERS.values()] + ["SGD", "Adam", "AdamW", "Adagrad"]
         hint = nearest_hint(name, known) or nearest_hint(str(name).upper(), known)
         raise ValueError(f"optimizer.type is {name!r}; expected {', '.join(known)}, or a class of torch.optim{hint}")

@@ -26,9 +26,9 @@ from typing import Any
 
 import torch
 
-from largebatch.checkpoint.groups import is_same
-from largebatch.checkpoint.whole import WholeState
 from largebatch.config import nearest_hint
+from largebatch.engine.checkpoint.groups import is_same
+from largebatch.engine.checkpoint.whole import WholeState
 from largebatch.optim.lamb import LAMB, NLAMB, NNLAMB
 from largebatch.optim.lars import LARS
 from largebatch.optim.layerwise import LayerwiseOptimizer

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from largebatch.checkpoint.layout import KEY, EngineLayout
-from largebatch.checkpoint.wrappers import SAVED_READERS, SavedOptimizer
+from largebatch.engine.checkpoint.layout import KEY, EngineLayout
+from largebatch.engine.wrappers import READERS, SavedOptimizer
 
 MASTER = "master"
 """Name of the fp32 weights beside the names of the optimizer's state."""
@@ -90,7 +90,7 @@ class SavedCheckpoint:
         return mapped(os.path.join(self.path, self.model_file(rank)))
 
     def optimizer(self, shard: int) -> SavedOptimizer:
-        read = SAVED_READERS[self.layout.wrapper]
+        read = READERS[self.layout.wrapper].saved
         if self.layout.zero_stage:
             return read(mapped(os.path.join(self.path, self.optimizer_file(shard)))["optimizer_state_dict"], {}, [])
         states = self.model_states()

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from largebatch.checkpoint.wrappers import SteppedTensor, grouped_parameters, stepped_tensors
+from largebatch.engine.internals import internal
+from largebatch.engine.wrappers import READERS, SteppedTensor, name_of, reader_of, stepped_tensors
 from largebatch.layer_map.segment import Cut
-from largebatch.layer_map.zero import READERS
 
 KEY = "largebatch_layout"
 """Under which the layout lies in the model states of a checkpoint."""
@@ -101,20 +100,19 @@ def as_tuple(value: Any) -> Any:
 
 def can_be_described(engine: Any) -> bool:
     """Whether the engine steps an optimizer whose wrapper is known."""
-    optimizer = engine.optimizer
-    return isinstance(optimizer, torch.optim.Optimizer) or type(optimizer).__name__ in READERS
+    return name_of(engine.optimizer) in READERS
 
 
 def describe(engine: Any) -> EngineLayout:
     """The layout of an engine; see :func:`can_be_described`. Not a collective."""
     names = engine.param_names
-    groups = grouped_parameters(engine)
+    groups = reader_of(engine.optimizer).grouped_parameters(engine.optimizer)
     shapes = {names[p]: tuple(getattr(p, "ds_shape", p.shape)) for group in groups for p in group}
-    tensors = stepped_tensors(engine)
+    tensors = stepped_tensors(engine.optimizer)
     return EngineLayout(
         world_size=dist.get_world_size(),
         zero_stage=int(engine.zero_optimization_stage()),
-        wrapper="" if isinstance(engine.optimizer, torch.optim.Optimizer) else type(engine.optimizer).__name__,
+        wrapper=name_of(engine.optimizer),
         precision="bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32",
         offload=device_of(engine._config.zero_config.offload_optimizer),
         optimizer=type(engine.basic_optimizer).__name__,
@@ -137,12 +135,10 @@ def device_of(offload: Any) -> str:
 
 def obstacle_in(engine: Any, tensors: list[SteppedTensor]) -> str:
     """What keeps a layout from being exchanged for another; "" if nothing does."""
-    from deepspeed.runtime.pipe.module import PipelineModule
-
     zero = engine._config.zero_config
     world_size = dist.get_world_size()
     groups = [t.partition.process_group for t in tensors]
-    if isinstance(engine.module, PipelineModule):
+    if isinstance(engine.module, internal("PipelineModule")):
         return "pipeline stages"
     if engine.has_moe_layers:
         return "layers of experts"

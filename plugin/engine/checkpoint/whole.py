@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from largebatch.checkpoint.layout import KEY, EngineLayout, NamedCut
-from largebatch.checkpoint.resharding import CONSUMED, Target, fill
-from largebatch.checkpoint.saved import MASTER, LayerState, SavedCheckpoint, layout_in
+from largebatch.engine.checkpoint.layout import KEY, EngineLayout, NamedCut
+from largebatch.engine.checkpoint.resharding import CONSUMED, Target, fill
+from largebatch.engine.checkpoint.saved import MASTER, LayerState, SavedCheckpoint, layout_in
 from largebatch.layer_map.segment import uncut
 from largebatch.optim.lars import LARS
 

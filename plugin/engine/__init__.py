@@ -1,0 +1,1 @@
+"""Everything that knows DeepSpeed: what is changed in it (patches), read of it (internals, wrappers), and built on it."""

@@ -1,0 +1,153 @@
+"""The names of DeepSpeed that largebatch reads, by version: the only place where they are looked up.
+
+Each has the places in which some supported version keeps it, the newest first. What not every version has is optional, and has
+a value that stands for "not there". Attributes of single engines and wrappers are read in largebatch.engine.wrappers.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+TESTED_DEEPSPEED = ("0.19.8",)
+"""Versions under which the test suite has passed."""
+
+MISSING = object()
+
+
+@dataclass(frozen=True)
+class Internal:
+    """A name of DeepSpeed's.
+
+    Attributes:
+        places: "module:attribute" or "module:Class.attribute", the newest version's first.
+        default: its value where no place has it; MISSING: it must be there.
+    """
+
+    places: tuple[str, ...]
+    default: Any = MISSING
+
+    def find(self) -> Any:
+        return next((value for place in self.places if (value := value_at(place)) is not MISSING), self.default)
+
+
+def at(*places: str, default: Any = MISSING) -> Internal:
+    return Internal(tuple(f"deepspeed.{place}" for place in places), default)
+
+
+def engine_method(name: str) -> Internal:
+    return at(f"runtime.engine:DeepSpeedEngine.{name}")
+
+
+INTERNALS: dict[str, Internal] = {
+    "get_accelerator": at("accelerator:get_accelerator"),
+    "logger": at("utils:logger"),
+    "zero_utils": at("runtime.zero:utils"),
+    "lr_schedules": at("runtime:lr_schedules"),
+    "known_schedules": at("runtime.lr_schedules:VALID_LR_SCHEDULES"),
+    "known_optimizers": at("runtime.config:DEEPSPEED_OPTIMIZERS"),
+    "PipelineModule": at("runtime.pipe.module:PipelineModule"),
+    "CreateLossScaler": at("runtime.fp16.loss_scaler:CreateLossScaler"),
+    # made when first read, which takes seconds: for the trainer only
+    "compatible_ops": at("ops:__compatible_ops__", default={}),
+    # the models (pydantic) of a ds_config's sections
+    "ZeroStageEnum": at("runtime.zero.config:ZeroStageEnum"),
+    "DeepSpeedZeroConfig": at("runtime.zero.config:DeepSpeedZeroConfig"),
+    "DeepSpeedFP16Config": at("runtime.precision_config:DeepSpeedFP16Config", default=None),
+    "DeepSpeedBF16Config": at("runtime.precision_config:DeepSpeedBF16Config", default=None),
+    "TensorBoardConfig": at("monitor.config:TensorBoardConfig"),
+    "WandbConfig": at("monitor.config:WandbConfig"),
+    "CSVConfig": at("monitor.config:CSVConfig"),
+    "CometConfig": at("monitor.config:CometConfig", default=None),
+    "CommsLoggerConfig": at("comm.config:CommsLoggerConfig"),
+    "CompileConfig": at("compile.config:CompileConfig", default=None),
+    "HybridEngineConfig": at("runtime.config:HybridEngineConfig", default=None),
+    "TPTrainingConfig": at("runtime.tensor_parallel.config:TPTrainingConfig", default=None),
+    "WeightQuantConfig": at("inference.config:WeightQuantConfig", default=None),
+    "DeepSpeedThroughputTimerConfig": at("utils.config:DeepSpeedThroughputTimerConfig", default=None),
+    # entries that a version knows and has not any more, with what it says of them
+    "removed_entries": at("runtime.config:_REMOVED_TOP_LEVEL_CONFIG_KEYS", default={}),
+    "removed_zero_entries": at("runtime.config:_REMOVED_ZERO_CONFIG_KEYS", default={}),
+    # what is called of an engine
+    **{
+        name: engine_method(name)
+        for name in (
+            "optimizer_name",
+            "optimizer_params",
+            "zero_use_cpu_optimizer",
+            "gradient_clipping",
+            "fp16_enabled",
+            "bfloat16_enabled",
+            "zero_optimization_stage",
+            "loss_scale",
+            "dynamic_loss_scale_args",
+            "load_universal_checkpoint",
+            "random_ltd_enabled",
+            "curriculum_learning_enabled",
+            "_get_optimizer_param",
+            "backward",
+        )
+    },
+}
+"""Our word -> where DeepSpeed keeps it."""
+
+
+def internal(name: str) -> Any:
+    """A name of :data:`INTERNALS`, or its default.
+
+    Raises:
+        RuntimeError: this DeepSpeed has it nowhere.
+    """
+    value = INTERNALS[name].find()
+    if value is MISSING:
+        raise RuntimeError(lacks([INTERNALS[name].places[0]]))
+    return value
+
+
+def missing(internals: Mapping[str, Internal]) -> list[str]:
+    """The places of those that must be there and are not."""
+    needed = [one for one in internals.values() if one.default is MISSING]
+    return [one.places[0] for one in needed if one.find() is MISSING]
+
+
+def owner_of(place: str) -> tuple[Any, str]:
+    """The module or class that has what stands at "module:attribute" or "module:Class.attribute", and its name there.
+
+    Raises:
+        ImportError, AttributeError: there is no such module or class.
+    """
+    module, _, path = place.partition(":")
+    *classes, name = path.split(".")
+    return functools.reduce(getattr, classes, importlib.import_module(module)), name
+
+
+def value_at(place: str) -> Any:
+    """MISSING if there is nothing."""
+    try:
+        return getattr(*owner_of(place))
+    except (ImportError, AttributeError):
+        return MISSING
+
+
+def versions() -> str:
+    """The DeepSpeed at hand, and those that are tested."""
+    import deepspeed
+
+    return f"DeepSpeed {deepspeed.__version__} (largebatch is tested with {', '.join(TESTED_DEEPSPEED)})"
+
+
+def is_tested() -> bool:
+    import deepspeed
+
+    return deepspeed.__version__.split("+")[0] in TESTED_DEEPSPEED
+
+
+def lacks(places: list[str]) -> str:
+    """The error for what is not there."""
+    return (
+        f"{versions()} lacks {', '.join(place.replace(':', '.') for place in places)}, which largebatch needs. Install a tested "
+        "version, or use largebatch.LARS and LAMB without register()"
+    )
