@@ -2,6 +2,21 @@
 
 Each has the places in which some supported version keeps it, the newest first. What not every version has is optional, and has
 a value that stands for "not there". Attributes of single engines and wrappers are read in largebatch.engine.wrappers.
+
+What differs between the releases that are supported, each asked by what is there and not by version number:
+
+| from   | what                                                                | until then                                |
+|--------|---------------------------------------------------------------------|-------------------------------------------|
+| 0.17.0 | runtime/precision_config.py: models of "fp16" and "bf16"            | entries are looked up one by one          |
+| 0.17.6 | engine.zenflow, or shortly before                                   | no ZenFlow                                |
+| 0.18.3 | engine.backward scales the loss itself, for ZeRO wrappers only      | the wrapper scales it, at stage 0, too    |
+| 0.18.6 | FP16_UnfusedOptimizer.loss_scale_config holds the loss scale        | the wrapper itself holds it               |
+| 0.18.6 | bf16 at stage 0 trains                                              | see replacements.check_clears_gradients   |
+| 0.19.3 | sub_group_process_groups: a process group for each ZeRO-3 sub-group | dp_process_group for all                  |
+| 0.19.7 | round_robin_bit16_offsets: padding between layers in ZeRO 1 and 2   | layers lie one after another              |
+| 0.19.7 | tables of removed configuration keys                                | no keys are removed                       |
+
+A layout that none of this describes is found by largebatch.engine.wrappers.verify.
 """
 
 from __future__ import annotations
@@ -68,6 +83,8 @@ INTERNALS: dict[str, Internal] = {
     "TPTrainingConfig": at("runtime.tensor_parallel.config:TPTrainingConfig", default=None),
     "WeightQuantConfig": at("inference.config:WeightQuantConfig", default=None),
     "DeepSpeedThroughputTimerConfig": at("utils.config:DeepSpeedThroughputTimerConfig", default=None),
+    # there if engine.backward scales the loss itself
+    "scale_if_loss": at("runtime.base_optimizer:ZeROOptimizer.scale_if_loss", default=None),
     # entries that a version knows and has not any more, with what it says of them
     "removed_entries": at("runtime.config:_REMOVED_TOP_LEVEL_CONFIG_KEYS", default={}),
     "removed_zero_entries": at("runtime.config:_REMOVED_ZERO_CONFIG_KEYS", default={}),

@@ -15,7 +15,10 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
+
 from largebatch.engine.internals import internal
+from largebatch.engine.wrappers import UNFUSED
 
 
 def repair(engine: Any) -> None:
@@ -23,7 +26,8 @@ def repair(engine: Any) -> None:
     if not engine.fp16_enabled():
         return
     if type(engine.optimizer).__name__ == "FP16_UnfusedOptimizer":
-        scale_loss_of(engine)
+        if internal("scale_if_loss") is not None:
+            scale_loss_of(engine)
         follow_json(engine)
     grow_after_step(engine.optimizer)
 
@@ -65,11 +69,11 @@ def scale_loss_of(engine: Any) -> None:
 
 def follow_json(engine: Any) -> None:
     """Gives the stage-0 wrapper the dynamic scaler that ZeRO has, with hysteresis."""
-    wrapper, state = engine.optimizer, engine.optimizer.loss_scale_config
+    wrapper, state = engine.optimizer, UNFUSED.loss_scale_state(engine.optimizer)
     if not state.dynamic_loss_scale:
         return
     scaler = internal("CreateLossScaler")(
-        dtype=wrapper.low_precision_dtype,
+        dtype=torch.float16,
         static_loss_scale=engine.loss_scale(),
         dynamic_scaling=True,
         dynamic_loss_args=engine.dynamic_loss_scale_args(),

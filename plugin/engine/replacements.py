@@ -13,6 +13,7 @@ from typing import Any
 
 from largebatch.engine import baselines, loss_scale
 from largebatch.engine.config_checks.arguments import as_user_error, check_arguments, is_answer
+from largebatch.engine.internals import versions
 from largebatch.engine.optimizers import OPTIMIZERS
 from largebatch.engine.tensor_parallel import read_cuts
 from largebatch.engine.wrappers import read_layout
@@ -94,6 +95,7 @@ def attaching_layout(configure: Method) -> Method:
     def _configure_optimizer(self, client_optimizer, model_parameters):
         configure(self, client_optimizer, model_parameters)
         if is_stepped_by_ours(self):
+            check_clears_gradients(self)
             self.basic_optimizer.attach(read_layout(self.optimizer), read_cuts(self))
             loss_scale.repair(self)
             log_exclusions(self.basic_optimizer)
@@ -147,9 +149,26 @@ def refuse_what_is_not_exact(engine: Any, optimizer: LayerwiseOptimizer) -> None
             f"zero_optimization.offload_optimizer.ratio is {offload.ratio}; DeepSpeed steps the rest of the parameters with "
             f"an AdamW of its own, not with {name}. Set it to 1.0"
         )
-    if engine.zenflow:
+    if getattr(engine, "zenflow", False):
         raise ValueError(
             f"zero_optimization.zenflow is on; it splits layers in a way that {name} does not know. Remove it"
+        )
+
+
+def check_clears_gradients(engine: Any) -> None:
+    """Raises for bf16 at stage 0 before DeepSpeed 0.18.6, which trains something else without a word.
+
+    ``engine._take_model_step`` never clears the gradients there, so that every step adds to those of all steps before; fp16's
+    dynamic loss scale is applied, since 0.18.3 to the gradients alone; and up to 0.18.4 saving looks for ZeRO's attributes.
+
+    Raises:
+        ValueError: saying what to write instead.
+    """
+    is_unfused = type(engine.optimizer).__name__ == "FP16_UnfusedOptimizer"
+    if is_unfused and engine.bfloat16_enabled() and not hasattr(engine.optimizer, "loss_scale_config"):
+        raise ValueError(
+            f"bf16.enabled is true with zero_optimization.stage 0, where {versions()} never clears the gradients and scales them "
+            "by a loss scale. Set the stage to 1, or install DeepSpeed >= 0.18.6"
         )
 
 

@@ -142,8 +142,12 @@ class Unfused(Reader):
         masters = list(itertools.chain(*saved["fp32_groups"]))
         return SavedOptimizer(masters, saved["optimizer_state_dict"], scale if saved["dynamic_loss_scale"] else {})
 
+    def loss_scale_state(self, wrapper: Any) -> Any:
+        """What has dynamic_loss_scale, cur_scale, cur_iter and last_overflow_iter: older versions, the wrapper itself."""
+        return getattr(wrapper, "loss_scale_config", wrapper)
+
     def dynamic_scaler(self, wrapper: Any) -> Any:
-        state = wrapper.loss_scale_config
+        state = self.loss_scale_state(wrapper)
         return state if state.dynamic_loss_scale else None
 
     def refresh_parameters(self, wrapper: Any) -> None:
@@ -157,7 +161,8 @@ class ZeroStages1And2(Reader):
         return read_slices(
             attribute(wrapper, "single_partition_of_fp32_groups"),
             groups,
-            attribute(wrapper, "round_robin_bit16_offsets"),  # there may be padding between layers
+            # there may be padding between layers; older versions have none, and no offsets
+            getattr(wrapper, "round_robin_bit16_offsets", None) or [cumulative_offsets(group) for group in groups],
             attribute(wrapper, "real_dp_process_group"),
         )
 
@@ -188,7 +193,9 @@ class BF16(ZeroStages1And2):
 class ZeroStage3(Reader):
     def layout(self, wrapper: Any) -> dict[Tensor, Partition]:
         flats, groups = attribute(wrapper, "fp32_partitioned_groups_flat"), attribute(wrapper, "fp16_groups")
-        process_groups = attribute(wrapper, "sub_group_process_groups")
+        process_groups = getattr(wrapper, "sub_group_process_groups", None)  # older versions: the same for all
+        if process_groups is None:
+            process_groups = [attribute(wrapper, "dp_process_group")] * len(flats)
         layout = {}
         for flat, group, process_group in zip(flats, groups, process_groups, strict=True):
             slice_numels = tuple(attribute(p, "partition_numel")() for p in group)
@@ -225,12 +232,14 @@ class ZeroStage3(Reader):
         wrapper.checkpoint_event_epilogue()
 
 
+UNFUSED = Unfused()
+
 NONE = ""
 """In the place of a wrapper's name where there is none."""
 
 READERS: dict[str, Reader] = {
     NONE: NoWrapper(),
-    "FP16_UnfusedOptimizer": Unfused(),
+    "FP16_UnfusedOptimizer": UNFUSED,
     "DeepSpeedZeroOptimizer": ZeroStages1And2(),
     "BF16_Optimizer": BF16(),
     "DeepSpeedZeroOptimizer_Stage3": ZeroStage3(),

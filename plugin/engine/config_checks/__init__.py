@@ -21,7 +21,7 @@ from largebatch.engine.config_checks.combinations import (
     check_stage,
 )
 from largebatch.engine.config_checks.models import check_model, models
-from largebatch.engine.config_checks.tables import SECTIONS, TOP_LEVEL, check_entries, section
+from largebatch.engine.config_checks.tables import PRECISION_SECTIONS, SECTIONS, TOP_LEVEL, check_entries, section
 from largebatch.engine.internals import internal
 
 MISSPELT = 0.85
@@ -43,16 +43,17 @@ def check_engine_config(
         ValueError, TypeError: naming the entry, its value and what is allowed.
     """
     known_models = models()
-    known = {*TOP_LEVEL, *SECTIONS, *known_models} - {"timers.throughput"}
+    sections = PRECISION_SECTIONS | SECTIONS
+    known = {*TOP_LEVEL, *sections, *known_models} - {"timers.throughput"}
     for key, value in config.items():
         check_top_level_key(key, sorted(known), is_closed)
         if key in TOP_LEVEL:
             TOP_LEVEL[key](key, value)
-        if key in SECTIONS:
-            section(key, value)
-            check_entries(key, value, SECTIONS[key])
         if key in known_models:
             check_model(key, value, known_models[key])
+        elif key in sections:
+            section(key, value)
+            check_entries(key, value, sections[key])
     timers = config.get("timers", {})
     check_entries("timers", timers, {"throughput": section})
     if "throughput" in timers:

@@ -166,6 +166,25 @@ SECTIONS: dict[str, dict[str, Check]] = {
 """Section -> key -> what is allowed."""
 
 
+BF16: dict[str, Check] = {"enabled": boolean, "immediate_grad_update": boolean}
+PRECISION_SECTIONS: dict[str, dict[str, Check]] = {
+    "fp16": {
+        "enabled": boolean,
+        "auto_cast": boolean,
+        "loss_scale": NON_NEGATIVE,
+        "initial_scale_power": integer(0),
+        "loss_scale_window": COUNT,
+        "hysteresis": COUNT,
+        "consecutive_hysteresis": boolean,
+        "min_loss_scale": NON_NEGATIVE,
+        "fp16_master_weights_and_grads": boolean,
+    },
+    "bf16": BF16,
+    "bfloat16": BF16,
+}
+"""As SECTIONS, for DeepSpeed before 0.17, which has no models of these."""
+
+
 def check_entries(name: str, entries: Mapping[str, Any], checks: Mapping[str, Check]) -> None:
     check_option_names(entries, list(checks), name)
     for key, value in entries.items():
