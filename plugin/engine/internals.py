@@ -11,7 +11,7 @@ What differs between the releases that are supported, each asked by what is ther
 | 0.17.6 | engine.zenflow, or shortly before                                   | no ZenFlow                                |
 | 0.18.3 | engine.backward scales the loss itself, for ZeRO wrappers only      | the wrapper scales it, at stage 0, too    |
 | 0.18.6 | FP16_UnfusedOptimizer.loss_scale_config holds the loss scale        | the wrapper itself holds it               |
-| 0.18.6 | bf16 at stage 0 trains                                              | see replacements.check_clears_gradients   |
+| 0.18.6 | bf16 at stage 0 trains                                              | see replacements.refuse_faulty_bf16       |
 | 0.19.3 | sub_group_process_groups: a process group for each ZeRO-3 sub-group | dp_process_group for all                  |
 | 0.19.7 | round_robin_bit16_offsets: padding between layers in ZeRO 1 and 2   | layers lie one after another              |
 | 0.19.7 | tables of removed configuration keys                                | no keys are removed                       |
@@ -149,17 +149,23 @@ def value_at(place: str) -> Any:
         return MISSING
 
 
-def versions() -> str:
-    """The DeepSpeed at hand, and those that are tested."""
+class DeepSpeedFaultError(ValueError):
+    """What is asked for cannot be exact with the installed DeepSpeed, whose fault it is; says what to write instead."""
+
+
+def installed_version() -> str:
     import deepspeed
 
-    return f"DeepSpeed {deepspeed.__version__} (largebatch is tested with {', '.join(TESTED_DEEPSPEED)})"
+    return deepspeed.__version__
+
+
+def versions() -> str:
+    """The DeepSpeed at hand, and those that are tested."""
+    return f"DeepSpeed {installed_version()} (largebatch is tested with {', '.join(TESTED_DEEPSPEED)})"
 
 
 def is_tested() -> bool:
-    import deepspeed
-
-    return deepspeed.__version__.split("+")[0] in TESTED_DEEPSPEED
+    return installed_version().split("+")[0] in TESTED_DEEPSPEED
 
 
 def lacks(places: list[str]) -> str:

@@ -11,9 +11,11 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from packaging.version import Version
+
 from largebatch.engine import baselines, loss_scale
 from largebatch.engine.config_checks.arguments import as_user_error, check_arguments, is_answer
-from largebatch.engine.internals import versions
+from largebatch.engine.internals import DeepSpeedFaultError, installed_version, internal
 from largebatch.engine.optimizers import OPTIMIZERS
 from largebatch.engine.tensor_parallel import read_cuts
 from largebatch.engine.wrappers import read_layout
@@ -95,7 +97,7 @@ def attaching_layout(configure: Method) -> Method:
     def _configure_optimizer(self, client_optimizer, model_parameters):
         configure(self, client_optimizer, model_parameters)
         if is_stepped_by_ours(self):
-            check_clears_gradients(self)
+            refuse_faulty_bf16(self)
             self.basic_optimizer.attach(read_layout(self.optimizer), read_cuts(self))
             loss_scale.repair(self)
             log_exclusions(self.basic_optimizer)
@@ -155,20 +157,35 @@ def refuse_what_is_not_exact(engine: Any, optimizer: LayerwiseOptimizer) -> None
         )
 
 
-def check_clears_gradients(engine: Any) -> None:
-    """Raises for bf16 at stage 0 before DeepSpeed 0.18.6, which trains something else without a word.
+def refuse_faulty_bf16(engine: Any) -> None:
+    """Raises for two combinations that some DeepSpeed releases train wrongly, without a word.
 
-    ``engine._take_model_step`` never clears the gradients there, so that every step adds to those of all steps before; fp16's
-    dynamic loss scale is applied, since 0.18.3 to the gradients alone; and up to 0.18.4 saving looks for ZeRO's attributes.
+    - Stage 0 before 0.18.6: ``engine._take_model_step`` never clears the gradients, so that every step adds to those of all
+      steps before; fp16's dynamic loss scale is applied, since 0.18.3 to the gradients alone; and up to 0.18.4 saving looks
+      for ZeRO's attributes.
+    - BF16_Optimizer (stage 1, fp32 accumulation) from 0.18.3 to 0.18.9: ``engine._backward_epilogue`` reduces before the
+      wrapper has taken in the last micro-batch, which each rank then keeps for itself (DeepSpeed pull request 7985);
+      0.18.3 and 0.18.4 end in an AttributeError instead. With immediate_grad_update the gradients are there in time.
 
     Raises:
-        ValueError: saying what to write instead.
+        DeepSpeedFaultError: saying what to write instead.
     """
-    is_unfused = type(engine.optimizer).__name__ == "FP16_UnfusedOptimizer"
-    if is_unfused and engine.bfloat16_enabled() and not hasattr(engine.optimizer, "loss_scale_config"):
-        raise ValueError(
-            f"bf16.enabled is true with zero_optimization.stage 0, where {versions()} never clears the gradients and scales them "
-            "by a loss scale. Set the stage to 1, or install DeepSpeed >= 0.18.6"
+    if not engine.bfloat16_enabled():
+        return
+    wrapper, version = engine.optimizer, installed_version()
+    kind = type(wrapper).__name__
+    if kind == "FP16_UnfusedOptimizer" and not hasattr(wrapper, "loss_scale_config"):
+        raise DeepSpeedFaultError(
+            f"bf16.enabled is true with zero_optimization.stage 0, where DeepSpeed {version} never clears the gradients and "
+            "divides them by a loss scale. Set the stage to 1, or install DeepSpeed >= 0.18.6"
+        )
+    is_between = internal("scale_if_loss") is not None and Version(version).release < (0, 19)
+    is_immediate = getattr(wrapper, "immediate_grad_update", False) and hasattr(wrapper, "custom_loss_scaler")
+    if kind == "BF16_Optimizer" and is_between and not is_immediate:
+        raise DeepSpeedFaultError(
+            f"data_types.grad_accum_dtype is fp32 with bf16 and zero_optimization.stage 1, where DeepSpeed {version} leaves the "
+            'last micro-batch out of the average over the ranks. Write "immediate_grad_update": true in the bf16 section, set '
+            "the stage to 2, or install DeepSpeed >= 0.19"
         )
 
 

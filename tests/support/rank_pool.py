@@ -6,6 +6,8 @@ import os
 import pickle
 import traceback
 
+import pytest
+
 from largebatch.launch.ports import free_port
 
 TASK_SECONDS = 300
@@ -37,6 +39,8 @@ class RankPool:
             except EOFError:
                 self._stop(world_size)
                 raise AssertionError(f"rank {rank} of {world_size} ended with exit code {process.exitcode}") from None
+        if all(is_ok is None for is_ok, _ in outcomes):
+            pytest.skip(f"refused: {outcomes[0][1]}")
         failures = [f"rank {r} of {world_size}:\n{text}" for r, (is_ok, text) in enumerate(outcomes) if not is_ok]
         if failures:
             self._stop(world_size)  # its process group may be out of step
@@ -77,6 +81,7 @@ def work(pipe, rank, world_size, port):
     import torch
     import torch.distributed as dist
 
+    from largebatch.engine.internals import DeepSpeedFaultError
     from support.rank_preload import deepspeed
 
     torch.set_num_threads(1)
@@ -90,6 +95,8 @@ def work(pipe, rank, world_size, port):
             faulthandler.dump_traceback_later(TASK_SECONDS, exit=True)
             try:
                 outcome = (True, function(*args, **kwargs))
+            except DeepSpeedFaultError as error:  # on every rank alike
+                outcome = (None, str(error))
             except BaseException:
                 outcome = (False, traceback.format_exc())
             faulthandler.cancel_dump_traceback_later()
