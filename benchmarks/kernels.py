@@ -52,6 +52,7 @@ def flattened(optimizer_class: type, shapes: list[Shape], device: str, **options
     numels = [p.numel() for p in layers]
     offsets = list(itertools.accumulate(numels[:-1], initial=0))
     layer_map = slice_of_concatenation(numels, offsets, flat.numel(), 0)
+    optimizer.await_layout()
     optimizer.param_groups[0]["params"] = [flat]
     optimizer.attach({flat: Partition(layer_map, tuple(layers), None)})
     return optimizer

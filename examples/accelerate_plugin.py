@@ -63,10 +63,10 @@ else:
     optimizer = largebatch.LAMB(
         model.parameters(), lr=0.04, weight_decay=0.01, exclude_from_adaptation=["bias", "norm"], model=model
     )
-    # stepped once a step; one of torch's Accelerate steps as many times a step as there are ranks
-    scheduler = largebatch.WarmupPolyLR(
-        optimizer, total_steps=num_batches // accelerator.num_processes, warmup_steps=6, power=1
-    )
+    # under DeepSpeed the engine steps it; without, Accelerate does so once for each rank in each step
+    per_step = accelerator.num_processes if arguments.without_deepspeed else 1
+    num_steps = num_batches // accelerator.num_processes
+    scheduler = largebatch.WarmupPolyLR(optimizer, total_steps=num_steps * per_step, warmup_steps=6 * per_step, power=1)
 model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
 
 for _ in range(arguments.epochs):

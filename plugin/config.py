@@ -295,6 +295,7 @@ LONGEST_LIST = 30
 
 
 NO_EFFECT = "delete it: it is of another optimizer and has no counterpart here"
+EXCLUSION = "ours is exclude_from_adaptation, a list of regular expressions for the optimizer as a whole"
 OTHERS_OPTIONS: dict[str, str] = {
     # DeepSpeed's Lamb and OneBitLamb, and its AdamW section
     "max_coeff": "ours is trust_ratio_bounds: [min_coeff, {value}]",
@@ -318,22 +319,33 @@ OTHERS_OPTIONS: dict[str, str] = {
     "learning_rate": "ours is lr: {value}", "base_lr": "ours is lr: {value}", "epsilon": "ours is eps: {value}",
     "weight_decay_rate": "ours is weight_decay: {value}", "beta_1": "ours is betas: [{value}, beta_2]",
     "beta_2": "ours is betas: [beta_1, {value}]", "eeta": "ours is trust_coefficient: {value}",
-    "exclude_from_layer_adaptation": "ours is exclude_from_adaptation, a list of regular expressions",
-    "skip_list": "ours is exclude_from_adaptation, a list of regular expressions",
+    "wd": "ours is weight_decay: {value}", "beta1": "ours is betas: [{value}, beta2]",
+    "beta2": "ours is betas: [beta1, {value}]",
+    # marks of single param groups or parameters
+    "lars_exclude": EXCLUSION, "layer_adaptation": EXCLUSION, "use_lars": EXCLUSION, "ignore_adaptation": EXCLUSION,
+    "exclude_from_layer_adaptation": EXCLUSION,
+    "skip_list": EXCLUSION,
 }  # fmt: skip
 """Options of other LAMBs and LARSs, and of sections that were AdamW's -> what to write here."""
+
+
+def advice_on(name: str, value: Any, known: Sequence[str]) -> str:
+    """What to write in place of an option of other packages, or of another optimizer here; "" for any other name."""
+    if name in OTHERS_OPTIONS:
+        shown = str(value).lower() if isinstance(value, bool) else repr(value)
+        advice = OTHERS_OPTIONS[name].format(value=shown)
+        ours = re.match(r"ours is (\w+)", advice)
+        return advice if ours is None or ours[1] in known else NO_EFFECT
+    of_rules = {field.name for cls in (LARSOptions, LAMBOptions, NesterovLAMBOptions) for field in fields(cls)}
+    return NO_EFFECT if name in of_rules and name not in known else ""
 
 
 def check_option_names(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
     """Raises UnknownOptionError for a name that is not in ``known``, with the nearest, and all known ones if they are not many."""
     for name, value in given.items():
-        if name not in known and name in OTHERS_OPTIONS and "trust_ratio_bounds" in known:
-            shown = str(value).lower() if isinstance(value, bool) else repr(value)
-            advice = OTHERS_OPTIONS[name].format(value=shown)
-            ours = re.match(r"ours is (\w+)", advice)
-            raise UnknownOptionError(
-                f"{where}.{name} is not known; {advice if ours is None or ours[1] in known else NO_EFFECT}"
-            )
+        advice = advice_on(name, value, known) if name not in known and "trust_ratio_bounds" in known else ""
+        if advice and name in OTHERS_OPTIONS:
+            raise UnknownOptionError(f"{where}.{name} is not known; {advice}")
         if name not in known:
             hint = nearest_hint(name, known)
             are_listed = len(known) <= LONGEST_LIST or not hint

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 NORM_MODULES = (
     nn.modules.batchnorm._NormBase,  # BatchNorm*, SyncBatchNorm, InstanceNorm*
@@ -58,25 +59,33 @@ class ParameterIdentity:
 
     @property
     def may_be_norm(self) -> bool:
-        """Whether it looks like the scale of a normalisation, and nothing but a part of its name says so."""
-        return "norm" in self.name.lower() and self.num_dimensions == 1 and not kinds_of(self)
+        """Whether a part of its name is all that says that it is of a normalisation, or its name says so and it is a matrix."""
+        is_vector = "norm" in self.name.lower() and self.num_dimensions == 1
+        is_called_so = self.kinds is None and NORM_NAME.search(self.name) is not None
+        return (is_vector or is_called_so) and not kinds_of(self)
 
 
 def identities(model: nn.Module) -> dict[Tensor, ParameterIdentity]:
     """Name and kinds of every parameter of a model; a tied weight has the name of its first use."""
     found: dict[Tensor, ParameterIdentity] = {}
-    for module_name, module in model.named_modules():
-        is_norm = isinstance(module, NORM_MODULES) or NORM_CLASS_NAME.search(type(module).__name__) is not None
-        # a norm of one's own has no more than a name; a projection in a module that is called norm has a matrix
-        is_called_norm = NORM_NAME.search(module_name.rpartition(".")[2]) is not None and all(
-            parameter.ndim <= 1 for parameter in module.parameters()
-        )
+    modules = dict(model.named_modules())
+    for module_name, module in modules.items():
+        owner_name, is_original = module_name, isinstance(module, ParametrizationList)
+        if is_original:  # MODULE.parametrizations.weight holds what is MODULE's weight
+            owner_name, _, parametrized = f".{module_name}".rpartition(".parametrizations.")
+            owner_name = owner_name.removeprefix(".")
+        owner = modules.get(owner_name, module)
+        is_of_torch = isinstance(owner, NORM_MODULES)
+        # a norm of one's own has no more than a name; what has a matrix besides is a layer with a norm in it
+        is_class_norm = NORM_CLASS_NAME.search(type(owner).__name__) is not None
+        is_called_norm = is_class_norm or NORM_NAME.search(owner_name.rpartition(".")[2]) is not None
+        has_vectors_only = all(parameter.ndim <= 1 for parameter in owner.parameters(recurse=not is_class_norm))
         for short_name, parameter in module.named_parameters(recurse=False):
-            kinds = {
-                kind
-                for kind, holds in (("norm", is_norm or is_called_norm), ("bias", BIAS_NAME.search(short_name)))
-                if holds
-            }
+            own_name = parametrized if is_original else short_name
+            is_norm = is_of_torch or (
+                is_called_norm and parameter.ndim <= 1 and (has_vectors_only or NORM_NAME.search(own_name) is not None)
+            )
+            kinds = {kind for kind, holds in (("norm", is_norm), ("bias", BIAS_NAME.search(own_name))) if holds}
             name = f"{module_name}.{short_name}" if module_name else short_name
             found.setdefault(parameter, ParameterIdentity(name, frozenset(kinds), parameter.ndim))
     return found
@@ -85,8 +94,10 @@ def identities(model: nn.Module) -> dict[Tensor, ParameterIdentity]:
 def kinds_of(identity: ParameterIdentity) -> frozenset[str]:
     if identity.kinds is not None:
         return identity.kinds
-    matches = (("bias", BIAS_NAME.search(identity.name)), ("norm", NORM_NAME.search(identity.name)))
-    return frozenset(kind for kind, match in matches if match)
+    found = {"bias"} if BIAS_NAME.search(identity.name) else set()
+    if NORM_NAME.search(identity.name) and (identity.num_dimensions is None or identity.num_dimensions <= 1):
+        found.add("norm")  # a matrix whose name says norm is most often a projection behind one
+    return frozenset(found)
 
 
 def is_excluded(identity: ParameterIdentity, exclusions: Sequence[str]) -> bool:

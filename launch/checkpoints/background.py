@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from largebatch.engine.checkpoint.writing import collected_errors
 from largebatch.launch.checkpoints import saving
@@ -26,6 +25,30 @@ from largebatch.launch.checkpoints.retention import KEEP_ALL, Retention
 
 SECONDS_TO_AGREE = 24 * 3600
 """How long a rank waits for the slowest one's disk. A rank that is gone is noticed at once, by training if not here."""
+
+
+def new_stager() -> Any:
+    """Copies a state to host memory in the calling thread.
+
+    Raises:
+        ValueError: this torch has none.
+    """
+    try:
+        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+    except ImportError:
+        raise ValueError(
+            f"largebatch.save_in_background is true, and torch {torch.__version__} has nothing that copies checkpoints for that; set "
+            "it to false, or install torch >= 2.11"
+        ) from None
+    has_gpu = torch.cuda.is_available()
+    return DefaultStager(
+        StagingOptions(
+            use_pinned_memory=has_gpu,
+            use_shared_memory=False,
+            use_async_staging=False,
+            use_non_blocking_copy=has_gpu,
+        )
+    )
 
 
 class BackgroundSaving:
@@ -37,15 +60,7 @@ class BackgroundSaving:
     def __init__(self, engine: Any, *, rank: int):
         self.engine, self.rank = engine, rank
         self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=SECONDS_TO_AGREE))
-        has_gpu = torch.cuda.is_available()
-        self.stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=has_gpu,
-                use_shared_memory=False,
-                use_async_staging=False,
-                use_non_blocking_copy=has_gpu,
-            )
-        )
+        self.stager = new_stager()
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
 

@@ -1,8 +1,8 @@
 """The schedules as classes that a ds_config's ``scheduler`` section names.
 
 A scheduler multiplies each param group's own learning rate (the optimizer's ``lr``) by a factor that depends on the
-step alone. Unlike torch's, they accept the optimizer wrappers that DeepSpeed builds, and unlike DeepSpeed's, the first
-step of a warm-up from zero is not lost.
+step alone. They are schedulers of torch's, so that Accelerate, Lightning and SequentialLR take them for what they are; but they
+accept the optimizer wrappers that DeepSpeed builds, and unlike in DeepSpeed's, the first step of a warm-up from zero is not lost.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from largebatch import schedule
 from largebatch.config import is_finite, is_number
@@ -93,34 +94,59 @@ def end_share(end_lr: Any, end_factor: float, peak_lr: float) -> float:
     return end_lr / peak_lr if peak_lr else 0.0
 
 
-class FactorLR:
-    """Base of the JSON schedulers: lr of a group at step t = the group's own lr * factor(t).
+class FactorLR(LRScheduler):
+    """Base of the JSON schedulers: lr of a group at step t = the group's peak * factor(t).
 
-    ``step()`` is called after each optimizer step, as DeepSpeed does; on construction the learning rate of step 0 is
-    set. ``state_dict`` holds the step and the groups' peak learning rates. A param group that is added later has its own
-    ``lr`` as its peak, and follows the same factor from the next step on.
+    The peak is the group's ``initial_lr``, where torch's schedulers keep it, or else its ``lr``. ``step()`` is called after each
+    optimizer step, as DeepSpeed does; on construction the learning rate of step 0 is set. ``state_dict`` holds the step and
+    the peaks. A param group that is added later follows the same factor from the next step on.
     """
 
     def __init__(self, optimizer: Any):
+        # without torch's constructor: it takes no wrapper of DeepSpeed's, and wraps the optimizer's step to count its calls
         self.optimizer = torch_optimizer(optimizer)
-        self.peak_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
-        self.last_batch_iteration = 0
+        self.last_epoch = 0
+        self._step_count = 1
+        self._peaks: list[tuple[dict[str, Any], float]] = []
         self._set()
 
     def factor(self, step: int) -> float:
         raise NotImplementedError
 
-    def get_lr(self) -> list[float]:
+    @property
+    def last_batch_iteration(self) -> int:
+        """The step, under the name of DeepSpeed's schedulers."""
+        return self.last_epoch
+
+    @property
+    def peak_lrs(self) -> list[float]:
+        """Of each param group. A group is known again as the same object; or, when a loaded state has replaced all, by its number."""
         groups = self.optimizer.param_groups
-        self.peak_lrs += [float(group["lr"]) for group in groups[len(self.peak_lrs) :]]
-        return [peak * self.factor(self.last_batch_iteration) for peak in self.peak_lrs]
+        by_group = {id(group): peak for group, peak in self._peaks}
+        if self._peaks and not any(id(group) in by_group for group in groups):
+            by_group = {id(group): peak for group, (_, peak) in zip(groups, self._peaks, strict=False)}
+        for group in groups:
+            if id(group) not in by_group:
+                by_group[id(group)] = float(group.get("initial_lr", group["lr"]))
+            group.setdefault("initial_lr", by_group[id(group)])
+        self._peaks = [(group, by_group[id(group)]) for group in groups]
+        return [peak for _, peak in self._peaks]
+
+    @property
+    def base_lrs(self) -> list[float]:
+        """The peaks, under torch's name."""
+        return self.peak_lrs
+
+    def get_lr(self) -> list[float]:
+        factor = self.factor(self.last_epoch)
+        return [peak * factor for peak in self.peak_lrs]
 
     def get_last_lr(self) -> list[float]:
         return self._last_lr
 
     def _set(self) -> None:
         self._last_lr = self.get_lr()
-        for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=False):
+        for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(lr)  # whoever has captured a step reads it there
             else:
@@ -128,13 +154,14 @@ class FactorLR:
 
     def step(self, last_batch_iteration: int | None = None) -> None:
         """Moves on by one optimizer step, or to the given one."""
-        self.last_batch_iteration = (
-            self.last_batch_iteration + 1 if last_batch_iteration is None else last_batch_iteration
-        )
+        self._step_count += 1
+        self.last_epoch = self.last_epoch + 1 if last_batch_iteration is None else last_batch_iteration
         self._set()
 
+    _update_lr = _initial_step = step  # torch's SequentialLR calls these
+
     def state_dict(self) -> dict[str, Any]:
-        return {"last_batch_iteration": self.last_batch_iteration, "peak_lrs": list(self.peak_lrs)}
+        return {"last_batch_iteration": self.last_epoch, "peak_lrs": self.peak_lrs}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over the step and the peaks; of another schedule's state, as DeepSpeed's or torch's own, the step alone.
@@ -146,22 +173,26 @@ class FactorLR:
         step = state_dict.get("last_batch_iteration", state_dict.get("last_epoch"))
         if peaks is None and is_number(state_dict.get("last_batch_iteration")):
             step += 1  # DeepSpeed's own begin with -1
-        if not is_number(step):
+        if isinstance(step, Tensor) and step.numel() == 1:
+            step = step.item()
+        if not is_number(step) or not is_finite(step):
             raise ValueError(
                 f"the scheduler's state holds {', '.join(map(repr, state_dict)) or 'nothing'}, and none of it says at which step "
                 "it was saved (last_batch_iteration, or torch's last_epoch). Load without it (load_lr_scheduler_states=False)"
             )
-        self.last_batch_iteration = max(0, int(step))
+        self.last_epoch = max(0, int(step))
         if peaks is None:
             logger.warning(
                 "the checkpoint's schedule is another one than %s: its step, %d, is taken over, its learning rates are not; "
                 "the peaks stay %s",
                 type(self).__name__,
-                self.last_batch_iteration,
+                self.last_epoch,
                 self.peak_lrs,
             )
         else:
-            self.peak_lrs = list(peaks)
+            own = self.peak_lrs[len(peaks) :]
+            groups = self.optimizer.param_groups
+            self._peaks = list(zip(groups, [*map(float, peaks), *own], strict=False))
         self._set()
 
 

@@ -51,8 +51,9 @@ def allowing_no_max_grad_norm(check: Method) -> Method:
     @functools.wraps(check)
     def _do_warning_check(self):
         given = self.optimizer_params
-        if given is not None and given.get("max_grad_norm", 0) is None:
-            self.optimizer_params = {name: value for name, value in given.items() if name != "max_grad_norm"}
+        if given is not None:  # a copy: up to 0.19.5 the check writes 0.0 into it
+            is_off = given.get("max_grad_norm", 0) is None
+            self.optimizer_params = {n: v for n, v in given.items() if n != "max_grad_norm" or not is_off}
         try:
             check(self)
         finally:
@@ -161,8 +162,8 @@ def refuse_faulty_bf16(engine: Any) -> None:
     """Raises for two combinations that some DeepSpeed releases train wrongly, without a word.
 
     - Stage 0 before 0.18.6: ``engine._take_model_step`` never clears the gradients, so that every step adds to those of all
-      steps before; fp16's dynamic loss scale is applied, since 0.18.3 to the gradients alone; and up to 0.18.4 saving looks
-      for ZeRO's attributes.
+      steps before; fp16's dynamic loss scale is applied, since 0.18.3 to the gradients alone; and up to 0.18.4 a checkpoint is
+      written without the optimizer's state.
     - BF16_Optimizer (stage 1, fp32 accumulation) from 0.18.3 to 0.18.9: ``engine._backward_epilogue`` reduces before the
       wrapper has taken in the last micro-batch, which each rank then keeps for itself (DeepSpeed pull request 7985);
       0.18.3 and 0.18.4 end in an AttributeError instead. With immediate_grad_update the gradients are there in time.

@@ -11,16 +11,11 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-MARKS = ("tensor_model_parallel", "model_parallel")
-"""Attributes of a cut parameter: today's and the older one of Megatron."""
+from largebatch.optim.layer_table import TENSOR_PARALLEL_MARKS, is_tensor_parallel
 
 GROUP_GETTERS = ("get_tensor_model_parallel_group", "get_slice_parallel_group", "get_model_parallel_group")
 """Methods of an mpu: today's of Megatron and DeepSpeed, that of DeepSpeed's pipeline grid (whose model parallel group is the
 stages), and the older one of Megatron."""
-
-
-def is_cut(parameter: Tensor) -> bool:
-    return any(getattr(parameter, mark, False) for mark in MARKS)
 
 
 def tensor_parallel_group(engine: Any) -> dist.ProcessGroup | None:
@@ -42,11 +37,11 @@ def read_cuts(engine: Any) -> dict[Tensor, dist.ProcessGroup]:
     group = tensor_parallel_group(engine)
     if group is None:
         return {}
-    cuts = {parameter: group for parameter in engine.module.parameters() if is_cut(parameter)}
+    cuts = {parameter: group for parameter in engine.module.parameters() if is_tensor_parallel(parameter)}
     if not cuts:
         raise ValueError(
             f"tensor parallelism over {dist.get_world_size(group)} ranks is on, and no parameter is marked as cut; expected "
-            f"{MARKS[0]}=True on each parameter that is a part of a layer (as Megatron's layers and DeepSpeed's AutoTP do), "
+            f"{TENSOR_PARALLEL_MARKS[0]}=True on each parameter that is a part of a layer (as Megatron's layers and DeepSpeed's AutoTP do), "
             "because its norm is that of all parts"
         )
     return cuts

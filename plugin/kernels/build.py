@@ -13,6 +13,7 @@ import importlib.util
 import logging
 import os
 import pathlib
+import shlex
 import shutil
 import subprocess
 import sys
@@ -75,21 +76,26 @@ def compiler() -> str:
     return os.environ.get("CXX", "c++" if shutil.which("c++") else "g++")
 
 
+def compiler_command() -> list[str]:
+    """CXX may have a launcher or options in it, as in "ccache g++"."""
+    return shlex.split(compiler()) or ["c++"]
+
+
 @functools.cache
 def openmp_flags() -> tuple[str, ...]:
     """The compiler's flag for OpenMP; empty where it knows none, and the kernels then use one thread."""
-    if shutil.which(compiler()) is None:
+    if shutil.which(compiler_command()[0]) is None:
         return ()
     program = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
     with tempfile.TemporaryDirectory() as folder:
-        command = [compiler(), "-fopenmp", "-x", "c++", "-", "-o", os.path.join(folder, "probe")]
+        command = [*compiler_command(), "-fopenmp", "-x", "c++", "-", "-o", os.path.join(folder, "probe")]
         probe = subprocess.run(command, input=program, text=True, capture_output=True)
     return ("-fopenmp",) if probe.returncode == 0 else ()
 
 
 def build(library: pathlib.Path) -> None:
     """Compiles aside and moves the finished library into place."""
-    if shutil.which(compiler()) is None:
+    if shutil.which(compiler_command()[0]) is None:
         raise CannotBuildError(f"there is no C++ compiler ({compiler()!r} is not on the PATH)")
     from torch.utils import cpp_extension
 
@@ -117,5 +123,10 @@ def load(library: pathlib.Path) -> ModuleType:
     loader = importlib.machinery.ExtensionFileLoader(NAME, str(library))
     spec = importlib.util.spec_from_loader(NAME, loader)
     module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
+    try:
+        loader.exec_module(module)
+    except ImportError as error:
+        raise CannotBuildError(
+            f"the compiled kernels cannot be loaded ({error}); delete {str(library.parent)!r}, so that they are compiled again"
+        ) from error
     return module

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Shard, placement_types
 
 from largebatch.layer_map.segment import LayerMap, Segment
+
+STRIDED = (Shard, *filter(None, [getattr(placement_types, "_StridedShard", None)]))
+"""Cut: FSDP2 over tensor parallelism along the same dimension gives _StridedShard, which is no Shard in newer versions of torch."""
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -35,9 +38,9 @@ def process_groups_of(parameter: DTensor) -> tuple[dist.ProcessGroup, ...]:
     """
     groups = []
     for dimension, placement in enumerate(parameter.placements):
-        if isinstance(placement, Shard):
+        if placement.is_shard() or isinstance(placement, STRIDED):
             groups.append(parameter.device_mesh.get_group(dimension))
-        elif not isinstance(placement, Replicate):
+        elif not placement.is_replicate():
             raise RuntimeError(
                 f"a parameter of shape {tuple(parameter.shape)} is placed as {parameter.placements}; expected Shard and "
                 "Replicate only, because the norm of a layer needs its values"

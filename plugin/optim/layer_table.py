@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
+from torch.nn.parameter import is_lazy
 
 from largebatch.exclusion import KINDS, LayerPolicy, ParameterIdentity, identities, policy_of
 from largebatch.layer_map.dtensor import layer_map_of, process_groups_of
@@ -23,6 +24,10 @@ logger = logging.getLogger("largebatch")
 
 ProcessGroups = tuple[dist.ProcessGroup, ...]
 
+ParamGroups = Sequence[Mapping[str, Any]]
+
+TENSOR_PARALLEL_MARKS = ("tensor_model_parallel", "model_parallel")
+"""Attributes of a parameter that tensor parallelism has cut: today's and the older one of Megatron."""
 
 FLAT_MARKS = {
     "_fsdp_flattened": "FullyShardedDataParallel (FSDP1)",
@@ -50,26 +55,20 @@ class Layout:
 
 @dataclass
 class Layer:
-    """A parameter as the optimizer was given it, by which a DTensor is known that a wrapper puts in its place.
+    """A layer as the optimizer was given it. The parameter itself is not kept: whoever cuts layers lets the whole ones go.
 
     Attributes:
-        parameter: a weak reference.
+        shape: None until a lazy parameter has one.
+        tensor_id: of the tensor that holds it, as far as is known.
         identity: what is known of the parameter; None for nothing.
         placeholder: its name where none is known.
     """
 
-    parameter: Callable[[], Tensor | None]
-    shape: torch.Size
+    shape: torch.Size | None
+    tensor_id: int
     identity: ParameterIdentity | None
     placeholder: str
     policy: LayerPolicy
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"parameter": self.parameter()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        parameter = state["parameter"]
-        vars(self).update(state, parameter=(lambda: None) if parameter is None else TensorWeakRef(parameter))
 
 
 def check_is_no_part(parameter: Tensor, name: str) -> None:
@@ -82,10 +81,12 @@ def check_is_no_part(parameter: Tensor, name: str) -> None:
             )
 
 
-class LayerTable:
-    """Parameter -> name and treatment, in the order given; flat tensor -> the parameters it stands for.
+def is_tensor_parallel(parameter: Tensor) -> bool:
+    return any(getattr(parameter, mark, False) for mark in TENSOR_PARALLEL_MARKS)
 
-    It keeps no parameter alive: a wrapper that cuts the layers lets the whole ones go, and so must the optimizer.
+
+class LayerTable:
+    """The layers at each place of the param groups; flat tensor -> the parameters it stands for.
 
     Args:
         model: the module that the parameters are of; None if only names, or nothing, are known.
@@ -102,58 +103,72 @@ class LayerTable:
             "exclude_from_adaptation": tuple(exclude_from_adaptation),
             "exclude_from_weight_decay": tuple(exclude_from_weight_decay),
         }
-        self.identities = WeakIdKeyDictionary(identities(model) if model is not None else {})
-        """Parameter of the model -> ParameterIdentity."""
+        self.model = None if model is None else weakref.ref(model)
+        self.identities: dict[Tensor, ParameterIdentity] | None = None
+        """Of the model's parameters, while param groups are taken in."""
         self.groups: list[list[Layer]] = []
-        self.layers = WeakIdKeyDictionary()
-        """Parameter -> Layer."""
+        self.of_parameter: dict[Tensor, Layer] = {}
+        """Parameter -> layer, from the moment on that an engine is about to put other tensors in their places."""
         self.partitions: dict[Tensor, Partition] = {}
         self.cut_over: dict[Tensor, dist.ProcessGroup] = {}
+        self.is_attached = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle and copy.deepcopy, which follow no weak references."""
-        return vars(self) | {"identities": dict(self.identities), "layers": dict(self.layers)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self.identities, self.layers = WeakIdKeyDictionary(self.identities), WeakIdKeyDictionary(self.layers)
+        """For pickle and copy.deepcopy, which follow no weak reference."""
+        return vars(self) | {"model": None}
 
     @property
     def policies(self) -> list[LayerPolicy]:
         return [layer.policy for group in self.groups for layer in group]
 
+    def pairs(self, param_groups: ParamGroups) -> Iterator[tuple[Tensor, Layer]]:
+        """(parameter, layer), before anybody has exchanged the parameters."""
+        for group, layers in zip(param_groups, self.groups, strict=True):
+            yield from zip(group["params"], layers, strict=True)
+
+    # --- taking in --------------------------------------------------------------------------------------------------
+
     def add_group(self, parameters: Sequence[Tensor], names: Sequence[str | None]) -> None:
         """Takes in the parameters of a new param group; the model's name of each goes before the one given here.
 
         Raises:
-            ValueError: a parameter says that it is not a layer but a part of some, or it has no name and is asked for one.
+            ValueError: a parameter says that it is not a layer but a part of some, or exclusions ask for a name that is unknown.
         """
+        if self.identities is None:
+            model = None if self.model is None else self.model()
+            self.identities = {} if model is None else identities(model)
         group = []
         for i, (parameter, name) in enumerate(zip(parameters, names, strict=True)):
             placeholder = f"group{len(self.groups)}.param{i}"
             check_is_no_part(parameter, name or placeholder)
+            shape = None if is_lazy(parameter) else parameter.shape
             identity = self.identities.get(parameter)
             if identity is None and name is not None:
-                identity = ParameterIdentity(name, num_dimensions=parameter.ndim)
+                identity = ParameterIdentity(name, num_dimensions=None if shape is None else len(shape))
             policy = policy_of(identity, placeholder, **self.exclusions)
-            group.append(Layer(TensorWeakRef(parameter), parameter.shape, identity, placeholder, policy))
+            group.append(Layer(shape, id(parameter), identity, placeholder, policy))
         self.groups.append(group)
-        self.layers.update(zip(parameters, group, strict=True))
+
+    def end_taking_in(self, param_groups: ParamGroups) -> None:
+        """Lets the model's parameters go.
+
+        Raises:
+            ValueError: parameters look like slices of one buffer.
+        """
+        self.identities = None
+        self.check_are_layers(param_groups)
 
     def forget_groups_from(self, start: int) -> None:
         """Takes back the groups from number ``start`` on."""
-        for layer in [layer for group in self.groups[start:] for layer in group]:
-            parameter = layer.parameter()
-            if parameter is not None:
-                del self.layers[parameter]
         del self.groups[start:]
 
-    def learn_names(self, model: nn.Module) -> None:
+    def learn_names(self, model: nn.Module, param_groups: ParamGroups) -> None:
         """Names and module types for those parameters that have none yet."""
-        for parameter, identity in identities(model).items():
-            layer = self.layers.get(parameter)
-            if layer is not None and layer.identity is None:
-                layer.identity, layer.policy = identity, policy_of(identity, layer.placeholder, **self.exclusions)
+        known = identities(model)
+        for parameter, layer in self.pairs(param_groups):
+            if layer.identity is None and parameter in known:
+                layer.identity = known[parameter]
+                layer.policy = policy_of(layer.identity, layer.placeholder, **self.exclusions)
 
     def check_exclusions_match(self) -> None:
         """Raises ValueError for a regular expression that no parameter's name matches, and tells of likely norms that stay in."""
@@ -165,53 +180,73 @@ class LayerTable:
                         f"{option} has {pattern!r}, which matches no parameter name; the names are "
                         f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
                     )
-        likely = [x.identity.name for x in self.layers.values() if x.identity is not None and x.identity.may_be_norm]
+        known = [layer.identity for group in self.groups for layer in group if layer.identity is not None]
+        likely = [identity.name for identity in known if identity.may_be_norm]
         for option, patterns in self.exclusions.items():
             if likely and "norm" in patterns:
                 more = f" and {len(likely) - 5} more" if len(likely) > 5 else ""
                 logger.warning(
-                    "%s has 'norm', and %s%s stayed in: neither type nor name says that their module is a normalisation. If it "
-                    "is one, name it by a regular expression",
+                    "%s has 'norm', and %s%s stayed in: neither type nor name says for sure that they belong to a normalisation. "
+                    "If they do, name them by a regular expression",
                     option,
                     ", ".join(likely[:5]),
                     more,
                 )
 
-    def check_are_layers(self) -> None:
+    def check_are_layers(self, param_groups: ParamGroups) -> None:
         """Raises ValueError for parameters that look like slices of one buffer.
 
         A view of a larger storage may be a whole layer, as recurrent layers are on GPUs, where matrices and biases share one. It
         is taken for a slice where all parameters in its storage have one dimension, and no model says that they are its own.
         """
-        by_storage: dict[int, list[Tensor]] = {}
-        for parameter in self.layers:
-            if not isinstance(parameter, DTensor) and parameter.layout is torch.strided and parameter.numel():
-                by_storage.setdefault(parameter.untyped_storage()._cdata, []).append(parameter)
-        for parameters in by_storage.values():
-            identity = self.layers[parameters[0]].identity
-            is_models = identity is not None and identity.kinds is not None
-            num_bytes = parameters[0].numel() * parameters[0].element_size()
-            is_view = parameters[0].untyped_storage().nbytes() > num_bytes
-            if is_view and not is_models and all(parameter.ndim == 1 for parameter in parameters):
-                names = [self.layers[parameter].policy.name for parameter in parameters]
+        by_storage: dict[int, list[tuple[Tensor, Layer]]] = {}
+        for parameter, layer in self.pairs(param_groups):
+            is_plain = layer.shape is not None and not isinstance(parameter, DTensor)
+            if is_plain and parameter.layout is torch.strided and parameter.numel():
+                by_storage.setdefault(parameter.untyped_storage()._cdata, []).append((parameter, layer))
+        for found in by_storage.values():
+            first, layer = found[0]
+            is_models = layer.identity is not None and layer.identity.kinds is not None
+            is_view = first.untyped_storage().nbytes() > first.numel() * first.element_size()
+            if is_view and not is_models and all(parameter.ndim == 1 for parameter, _ in found):
+                names = [layer.policy.name for _, layer in found]
                 raise ValueError(
                     f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''} is a view of a larger buffer, as flattened and "
                     "sharded parameters are; expected whole layers, because norms of slices would be wrong. If it is a whole "
                     "layer all the same, pass model= with the module that has it"
                 )
 
-    def attach(self, partitions: Mapping[Tensor, Partition], cut_over: Mapping[Tensor, dist.ProcessGroup]) -> None:
+    # --- engines ----------------------------------------------------------------------------------------------------
+
+    def follow(self, param_groups: ParamGroups) -> None:
+        """Remembers which parameter is which layer, before an engine exchanges them."""
+        self.of_parameter = dict(self.pairs(param_groups))
+
+    def attach(
+        self,
+        partitions: Mapping[Tensor, Partition],
+        cut_over: Mapping[Tensor, dist.ProcessGroup],
+        param_groups: ParamGroups,
+    ) -> None:
         """Takes in the flat tensors that stand for parameters, and the groups over which parameters are cut themselves."""
+        if not self.of_parameter:
+            self.follow(param_groups)
         for partition in partitions.values():
             for parameter in partition.parameters:
-                assert parameter in self.layers, "a partition holds a parameter that this optimizer was not given"
+                assert parameter in self.of_parameter, "a partition holds a parameter that this optimizer was not given"
         self.partitions = dict(partitions)
-        self.cut_over = {parameter: group for parameter, group in cut_over.items() if parameter in self.layers}
+        self.cut_over = {parameter: group for parameter, group in cut_over.items() if parameter in self.of_parameter}
+        self.is_attached = True
 
-    def adopt(self, index: int, parameters: Sequence[Tensor], stepped: Collection[Tensor]) -> None:
-        """Takes DTensors in a param group for the layers that were given at their places, where the shapes are the same.
+    # --- the step ---------------------------------------------------------------------------------------------------
 
-        Accelerate's FSDP2 puts them there after the optimizer was built. Whatever else is unknown stays so.
+    def layers_of_group(
+        self, index: int, parameters: Sequence[Tensor], stepped: Iterable[Tensor]
+    ) -> list[Layer | None]:
+        """The layer at each place of a param group; None for what is a partition, or no layer that is known.
+
+        A tensor that somebody has put in a parameter's place is the same layer if it has the same shape, as a DTensor has that
+        Accelerate's FSDP2 puts there after the optimizer was built.
 
         Args:
             index: of the param group.
@@ -219,48 +254,62 @@ class LayerTable:
 
         Raises:
             RuntimeError: a parameter was replaced that has state, which would be lost.
+            ValueError: what replaces it says that it is a part of a layer.
         """
         layers = self.groups[index] if index < len(self.groups) else []
-        if self.partitions or len(layers) != len(parameters):
-            return
-        for layer, parameter in zip(layers, parameters, strict=True):
-            if parameter in self.layers or not isinstance(parameter, DTensor) or parameter.shape != layer.shape:
-                continue
-            whole = layer.parameter()
-            if whole is not None and any(whole is tensor for tensor in stepped):
-                raise RuntimeError(
-                    f"{layer.policy.name} was replaced by a DTensor after it was stepped, so its state would be lost; apply "
-                    "fully_shard before the first step, or build a new optimizer and load the state into it"
-                )
-            if whole is not None:
-                del self.layers[whole]
-            layer.parameter = TensorWeakRef(parameter)
-            self.layers[parameter] = layer
+        if len(layers) != len(parameters):
+            return [None] * len(parameters)
+        found: list[Layer | None] = []
+        for layer, tensor in zip(layers, parameters, strict=True):
+            layer.shape = tensor.shape if layer.shape is None else layer.shape
+            is_same = tensor not in self.partitions and tensor.shape == layer.shape
+            found.append(layer if is_same else None)
+            if is_same and id(tensor) != layer.tensor_id:
+                check_is_no_part(tensor, layer.policy.name)
+                stepped_ids = {id(t) for t in stepped}
+                if layer.tensor_id in stepped_ids and id(tensor) not in stepped_ids:
+                    raise RuntimeError(
+                        f"{layer.policy.name} was replaced by another tensor after it was stepped, so its state would be lost; do that "
+                        "before the first step, move the state too (optimizer.state[new] = optimizer.state.pop(old)), or build a "
+                        "new optimizer and load the state into it"
+                    )
+                layer.tensor_id = id(tensor)
+        return found
 
-    def layout_of(self, tensor: Tensor) -> Layout:
+    def layout_of(self, tensor: Tensor, layer: Layer | None) -> Layout:
         """What lies in a tensor that is stepped.
 
+        Args:
+            layer: from :meth:`layers_of_group`.
+
         Raises:
-            RuntimeError: the tensor is neither a parameter nor a known partition of some.
+            RuntimeError: the tensor is neither a layer nor a known partition of some, or a part of a layer whose rest is unknown.
         """
         partition = self.partitions.get(tensor)
         if partition is not None:
             groups = () if partition.process_group is None else (partition.process_group,)
             return Layout(
                 partition.layer_map,
-                [self.layers[p].policy for p in partition.parameters],
+                [self.of_parameter[p].policy for p in partition.parameters],
                 [groups + self.own_groups(p) for p in partition.parameters],
             )
-        if tensor not in self.layers:
+        if layer is None:
             raise RuntimeError(
                 f"the optimizer was handed a tensor of {tensor.numel()} elements that is none of the parameters it was built "
                 "with. A wrapper (DeepSpeed ZeRO, FSDP) has replaced them, and norms over what it hands out would not be "
                 "the norms of layers. With DeepSpeed, call largebatch.register() before deepspeed.initialize(); with FSDP, "
-                "use fully_shard (FSDP2)"
+                "use fully_shard (FSDP2). A new layer of your own is taken by add_param_group()"
             )
         if isinstance(tensor, DTensor):
-            return Layout(layer_map_of(tensor), [self.layers[tensor].policy], [process_groups_of(tensor)])
-        return Layout(whole_layer(tensor.numel()), [self.layers[tensor].policy], [self.own_groups(tensor)])
+            return Layout(layer_map_of(tensor), [layer.policy], [process_groups_of(tensor)])
+        if is_tensor_parallel(tensor) and not self.is_attached and dist.is_initialized() and dist.get_world_size() > 1:
+            raise RuntimeError(
+                f"{layer.policy.name} is marked as a part of a layer that tensor parallelism has cut "
+                f"({' or '.join(TENSOR_PARALLEL_MARKS)}), and nothing says over which ranks; its norm is that of all parts. Use it "
+                "under DeepSpeed with mpu=, or say it before the first step: optimizer.attach({}, {parameter: process group}), "
+                "without those that are whole"
+            )
+        return Layout(whole_layer(tensor.numel()), [layer.policy], [self.own_groups(tensor)])
 
     def own_groups(self, parameter: Tensor) -> ProcessGroups:
         """Over which a parameter is cut itself, beside any partitioning."""

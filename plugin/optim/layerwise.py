@@ -14,9 +14,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from largebatch.config import (
+    LEARNING_RATE,
     GlobalOptions,
     SharedOptions,
     UnknownOptionError,
+    advice_on,
     check_option_names,
     check_preset,
     nearest_hint,
@@ -71,7 +73,7 @@ def fills_from_preset(init: Callable[..., None]) -> Callable[..., None]:
         given = {name: value for name, value in kwargs.items() if name not in ("params", "model")}
         check_option_names(given, option_names(init), type(self).__name__)
         bound = signature.bind(self, *args, **kwargs)
-        preset = bound.arguments.get("preset")
+        preset = self._preset = bound.arguments.get("preset")
         if preset is not None:
             check_preset(preset, list(self.presets), type(self).__name__)
             for name, value in self.presets[preset].items():
@@ -113,6 +115,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
     """torch.amp.GradScaler leaves the unscaling to step(), which does it where it reads the gradients anyway."""
 
     def __init__(self, params, options: dict[str, Any], model: nn.Module | None):
+        self._for_all_groups = {name: options[name] for name in GLOBAL_OPTIONS} | {"preset": self._preset}
         global_options = GlobalOptions(**{name: options.pop(name) for name in GLOBAL_OPTIONS})
         options = vars(self.options_class(**options)).copy()
         self.max_grad_norm = global_options.max_grad_norm
@@ -132,7 +135,11 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         self._is_built = False
         super().__init__(params, options)
         self._is_built = True
-        self._table.check_are_layers()
+        if isinstance(
+            self.defaults["lr"], Tensor
+        ):  # the groups have the caller's tensor, into which a schedule may write
+            self.defaults["lr"] = self.defaults["lr"].detach().clone()
+        self._table.end_taking_in(self.param_groups)
         self._table.check_exclusions_match()
 
     @classmethod
@@ -157,7 +164,9 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """See torch.optim.Optimizer. Options given in the group are checked like the constructor's."""
-        self._check_group_names(param_group)
+        param_group = self._checked_group(param_group)
+        if self._is_built and "lr" not in param_group and isinstance(self.defaults["lr"], Tensor):
+            param_group["lr"] = self.defaults["lr"].clone()
         options = self._group_options(self.defaults | param_group)  # before anything is added
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -169,25 +178,43 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
                     raise TypeError(f"complex parameters are not supported; parameter {i} is {parameter.dtype}")
             self._table.add_group(parameters, group.get("param_names", [None] * len(parameters)))
             if self._is_built:  # else when all groups are there, since what shares a buffer may be in several
-                self._table.check_are_layers()
+                self._table.end_taking_in(self.param_groups)
         except (TypeError, ValueError):
             self.param_groups.pop()  # nothing is added by halves
             self._table.forget_groups_from(len(self.param_groups))
             raise
 
-    def _check_group_names(self, group: dict[str, Any]) -> None:
-        """Raises ValueError for an option that holds for all groups, UnknownOptionError for one that is all but spelt right.
+    def _checked_group(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A param group as the caller gave it, less options that hold for all groups, which wrappers put into each.
 
         Other keys are the caller's own, as torch allows them: "name", "initial_lr", "lr_scale".
+
+        Raises:
+            ValueError: such an option is another here than the optimizer's; or the learning rate is a tensor of no learning rate.
+            UnknownOptionError: for a key that is all but spelt right, or an option of other optimizers, without effect here.
         """
-        for name in (*GLOBAL_OPTIONS, "preset", "model"):
-            if name in group:
-                raise ValueError(f"{name} holds for all param groups together; give it to {type(self).__name__} itself")
+        own, cls = dict(group), type(self).__name__
+        if "model" in own:
+            raise ValueError(f"model holds for all param groups together; give it to {cls} itself")
+        for name in self._for_all_groups.keys() & own.keys():
+            value = own.pop(name)
+            if value != self._for_all_groups[name]:
+                raise ValueError(
+                    f"{name} holds for all param groups together; a group has {value!r} and {cls} {self._for_all_groups[name]!r}. "
+                    f"Give it to {cls} itself"
+                )
         known = [field.name for field in fields(self.options_class)]
-        for name in group:
+        for name in own.keys() - {*known, "params", "param_names"}:
             hint = nearest_hint(name, known, nearness=ALL_BUT_EQUAL)
-            if name not in (*known, "params", "param_names") and hint:
-                raise UnknownOptionError(f"a param group has {name!r}, which {type(self).__name__} does not know{hint}")
+            if hint:
+                raise UnknownOptionError(f"a param group has {name!r}, which {cls} does not know{hint}")
+            advice = advice_on(name, own[name], known)
+            if advice:
+                raise UnknownOptionError(f"a param group has {name!r}, which {cls} does not know; {advice}")
+        lr = (self.defaults | own).get("lr")
+        if isinstance(lr, Tensor) and lr.numel() == 1 and lr.device.type != "meta":
+            LEARNING_RATE("lr", lr.item())  # afterwards nobody looks at it, which would wait for the device
+        return own
 
     def _group_options(self, group: dict[str, Any]) -> Any:
         return self.options_class(**{field.name: group[field.name] for field in fields(self.options_class)})
@@ -275,7 +302,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
     def _calls_of_group(self, group: dict[str, Any]) -> list[Call]:
         """Sorts the tensors that have gradients by device, dtype and process group."""
         index = next(i for i, other in enumerate(self.param_groups) if other is group)
-        self._table.adopt(index, group["params"], self.state)
+        layers = self._table.layers_of_group(index, group["params"], self.state)
         options, rule = self._options_and_rule(group)
         calls: dict[Any, Call] = {}
         fresh = [tensor for tensor in group["params"] if tensor.grad is not None and not self.state.get(tensor)]
@@ -289,7 +316,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
             if local_part(tensor.grad).layout is not torch.strided:
                 raise RuntimeError(f"{type(self).__name__} does not support sparse gradients; use a dense embedding")
             state = self._state_of(tensor, rule)
-            layout = self._table.layout_of(tensor)
+            layout = self._table.layout_of(tensor, layers[position])
             if state[rule.elementwise_state[0]].dtype == torch.bfloat16 and self._table.is_cut_itself(tensor):
                 raise RuntimeError(
                     "state_dtype is 'bf16' and a parameter is cut by tensor parallelism or FSDP; the random bits of the "
@@ -298,9 +325,16 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
             dtype = compute_dtype(tensor.dtype)
             # what has no part elsewhere is stepped at once
             is_whole = not any(layout.process_groups)
-            key = (tensor.device, tensor.dtype, tensor.grad.dtype, is_whole)
+            # kernels take memory as it is, which does not hold the values of a lazily negated weight
+            is_odd = tensor.is_neg() or (tensor.dtype == torch.float64) != (tensor.grad.dtype == torch.float64)
+            key = (tensor.device, tensor.dtype, tensor.grad.dtype, is_whole, is_odd)
             if key not in calls:
-                kernels = dispatch.choose(tensor.device.type, self.kernels)
+                if is_odd and self.kernels not in ("auto", "reference"):
+                    raise RuntimeError(
+                        f"kernels is {self.kernels!r}, and {layout.policies[0].name} is a lazily negated view or mixes fp64 with another "
+                        "dtype, which only 'reference' can step; set kernels to that or to 'auto'"
+                    )
+                kernels = dispatch.choose(tensor.device.type, "reference" if is_odd else self.kernels)
                 calls[key] = Call(Segments(rule, tensor.device, dtype), kernels)
                 # an engine's gradient buffers are its own and die with the step
                 is_engines = all(t in self._table.partitions for t in group["params"])
@@ -421,7 +455,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
 
     def name_layers(self, model: nn.Module) -> None:
         """Learns names and module types from a model, for those parameters that have none yet."""
-        self._table.learn_names(model)
+        self._table.learn_names(model, self.param_groups)
 
     def await_layout(self) -> None:
         """Until :meth:`attach`, a step allocates state and does nothing else.
@@ -430,6 +464,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         gradients to make it allocate, which would decay the weights and count a step.
         """
         self._is_armed = False
+        self._table.follow(self.param_groups)
 
     def attach(
         self, partitions: Mapping[Tensor, Partition], cut_over: Mapping[Tensor, dist.ProcessGroup] | None = None
@@ -440,7 +475,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
             partitions: one entry for each tensor that ``step()`` may see and that is not a parameter itself.
             cut_over: parameters that are a part of a layer only (tensor parallelism) -> the ranks that hold its parts.
         """
-        self._table.attach(partitions, cut_over or {})
+        self._table.attach(partitions, cut_over or {}, self.param_groups)
         self._plans = {}
         self._is_armed = True
         fixed = [field.name for field in fields(self.options_class) if field.name != "lr"]
@@ -510,11 +545,10 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
     def _as_own_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A state dict under our own names, with all options, once it is seen to be of this kind of optimizer."""
         names, groups = self.checkpoint_names, state_dict["param_groups"]
-        check_is_own(
-            state_dict, names, [self.make_rule(self._group_options(group)) for group in self.param_groups], type(self)
-        )
-        check_same_meaning(groups, self.param_groups)
         options = [field.name for field in fields(self.options_class)]
+        rules = [self.make_rule(self._group_options(group)) for group in self.param_groups]
+        check_is_own(state_dict, names, rules, options, type(self))
+        check_same_meaning(groups, self.param_groups)
         here = [{name: group[name] for name in options} for group in self.param_groups]
         saved_ids = {i for group in groups for i in group["params"]}
         states = {
@@ -537,6 +571,6 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("max_grad_norm", "kernels", "state_dtype", "overwrite_grads", "_table", "_is_armed", "_configured")
-        own += ("_is_built", "_num_skipped", "_num_skipped_layers")
+        own += ("_is_built", "_for_all_groups", "_num_skipped", "_num_skipped_layers")
         fresh = {"_stats": {}, "_plans": {}, "_captured": []}
         return super().__getstate__() | {name: getattr(self, name) for name in own} | fresh

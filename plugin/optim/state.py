@@ -89,22 +89,27 @@ def with_own_names(state: Mapping[str, Any], names: Mapping[str, str]) -> dict[s
     return {own: state[other] for own, other in names.items() if other in state}
 
 
-OTHERS_OPTIONS = (
-    "amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused", "dampening",
-    "grad_averaging", "trust_coeff", "max_coeff", "min_coeff", "trust_clip", "always_adapt",
+COMMON_OPTIONS = (
+    "lr", "betas", "eps", "weight_decay", "momentum", "nesterov", "bias_correction", "decoupled_weight_decay",
 )  # fmt: skip
-"""In the param groups of torch.optim, apex, timm and DeepSpeed, and never in ours."""
+"""Options of ours that other optimizers' param groups have, too."""
 
 
 def check_is_own(
-    state_dict: Mapping[str, Any], names: Mapping[str, str], rules: Sequence[Rule], optimizer_class: type
+    state_dict: Mapping[str, Any],
+    names: Mapping[str, str],
+    rules: Sequence[Rule],
+    options: Sequence[str],
+    optimizer_class: type,
 ) -> None:
     """Raises ValueError for the state of another optimizer, whose buffers have other names or another meaning.
 
     Args:
         names: our state names -> those of a sharded engine's checkpoints. rules: of the optimizer's param groups.
+        options: names of ours.
     """
-    options = [name for group in state_dict["param_groups"] for name in OTHERS_OPTIONS if name in group]
+    own = [name for name in options if name not in COMMON_OPTIONS]
+    others_groups = [g for g in state_dict["param_groups"] if g["params"] and not any(name in g for name in own)]
     ids = {i for group in state_dict["param_groups"] for i in group["params"]}
     needed = {name for rule in rules for name in rule.elementwise_state}
     others = [
@@ -112,13 +117,24 @@ def check_is_own(
         for i, state in state_dict["state"].items()
         if i in ids and state and not needed <= set(state) and not has_checkpoint_names(state, names)
     ]
-    if options or others:
-        what = f"a param group with {options[0]!r}" if options else f"state named {', '.join(map(str, others[0]))}"
+    if others_groups or others:
+        what = (
+            f"state named {', '.join(map(str, others[0]))}"
+            if others
+            else "a param group without " + " or ".join(own[:3])
+        )
         raise ValueError(
             f"the state dict holds {what}, and {optimizer_class.__name__} has {', '.join(sorted(needed))}: it is another "
             "optimizer's. `largebatch convert` makes ours of the state of torch, apex, timm and DeepSpeed; or take over the "
             "weights alone"
         )
+    if any(rule.counts_steps for rule in rules):
+        for i, state in state_dict["state"].items():
+            if i in ids and state and "step" not in state and not has_checkpoint_names(state, names):
+                raise ValueError(
+                    f"the state of parameter {i} has {', '.join(map(str, state))} and no step; {optimizer_class.__name__} would "
+                    "begin at step 0 with the moments of a later one. Give each state its step, or leave the state out"
+                )
 
 
 def check_same_meaning(saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]]) -> None:

@@ -88,6 +88,7 @@ def sharded(optimizer_class, options, process_group):
     numels = [p.numel() for _, p in layers]
     offsets = [sum(numels[:i]) for i in range(len(numels))]
     flat = torch.nn.Parameter(torch.ones(500, device="cuda"))
+    optimizer.await_layout()
     optimizer.param_groups[0]["params"] = [flat]
     layer_map = slice_of_concatenation(numels, offsets, flat.numel(), 0)
     optimizer.attach({flat: Partition(layer_map, tuple(p for _, p in layers), process_group)})

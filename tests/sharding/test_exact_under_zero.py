@@ -35,7 +35,8 @@ LAYOUTS = {
 
 def wrapper_of(stage, dtype):
     if stage == 0:
-        return "LARS|LAMB|NLAMB|NNLAMB" if dtype == "fp32" else "FP16_UnfusedOptimizer"
+        bf16 = "FP16_UnfusedOptimizer|BF16_Optimizer"  # the second in DeepSpeed 0.16
+        return {"fp32": "LARS|LAMB|NLAMB|NNLAMB", "fp16": "FP16_UnfusedOptimizer", "bf16": bf16}[dtype]
     return "DeepSpeedZeroOptimizer_Stage3" if stage == 3 else "DeepSpeedZeroOptimizer"
 
 

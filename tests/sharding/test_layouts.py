@@ -240,10 +240,11 @@ def naive_masters(peer, stage, num_steps):
     with engine_runs.engine_for(config, optimizer=build, num_steps=num_steps) as engine:
         if peer == "ours-without-map":
             optimizer = engine.basic_optimizer
-            flats = optimizer._table.partitions
-            kept, optimizer._table.partitions = flats, {}
-            for flat, partition in kept.items():
-                optimizer._table.layers[flat] = optimizer._table.layers[partition.parameters[0]]
+            kept, optimizer._table.partitions = optimizer._table.partitions, {}
+            groups = [next(iter(optimizer._table.of_parameter.values()))] * len(kept)
+            for layer, flat in zip(groups, kept, strict=True):
+                layer.shape = flat.shape
+            optimizer._table.groups = [[layer] for layer in groups]
         for step in range(num_steps):
             engine_runs.take_step(engine, step)
         state = {n: deepspeed.utils.safe_get_full_fp32_param(p) for n, p in engine.module.named_parameters()}

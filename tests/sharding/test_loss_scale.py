@@ -1,7 +1,9 @@
 """fp16: an overflow changes nothing, and the scale follows the JSON."""
 
+import deepspeed
 import pytest
 import torch
+from packaging.version import Version
 
 from support import engine_runs
 from support.problems import relative_error
@@ -92,12 +94,16 @@ def test_static_and_growing_scales_are_exact(rank_pool, stage, fp16):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_nan_without_a_loss_scale_changes_nothing(rank_pool, stage, dtype):
-    """ZeRO looks for NaN in fp32 and bf16, too, and drops the whole step on every rank."""
+    """ZeRO looks for NaN in fp32 and bf16, too, and drops the whole step on every rank.
+
+    Not so before DeepSpeed 0.19.3 (bf16) and 0.19.8 (fp32): then the poisoned layer, the first, keeps its weights.
+    """
     results = rank_pool.run(2, nan_step, stage, dtype)
+    assert len({skipped for _, _, skipped in results}) == 1
     for before, after, skipped in results:
-        assert skipped == 1
-        for (_, _, a), (_, _, b) in zip(before, after, strict=True):
-            assert torch.equal(a, b)
+        assert skipped == 1 or Version(deepspeed.__version__) < Version("0.19.8" if dtype == "fp32" else "0.19.3")
+        for (name, _, a), (_, _, b) in zip(before, after, strict=True):
+            assert torch.equal(a, b) == (skipped == 1 or name == "layer0")
 
 
 def nan_step(stage, dtype):

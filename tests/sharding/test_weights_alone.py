@@ -107,3 +107,59 @@ def test_a_strict_load_of_other_layers_says_how_to_load_them(rank_pool, tmp_path
         AssertionError, match="head10 is not in the checkpoint.*load_module_strict=False takes the layers"
     ):
         rank_pool.run(2, load, 1, "LAMB", str(tmp_path), 10, 1.0)
+
+
+def whole_weights(engine):
+    import deepspeed
+
+    found = {}
+    for name, parameter in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            found[name] = parameter.detach().clone()
+    return found
+
+
+def resume_with_a_frozen_body(stages, optimizer, folder):
+    """[{name: weight} of the run that went on, of the one resumed at the other stage], frozen layers given to the engine too."""
+    import deepspeed
+    import torch
+
+    ends = []
+    for stage, resumes in zip(stages, (False, True), strict=True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Linear(5, 3))
+        model[0].requires_grad_(False)
+        if resumes:
+            with torch.no_grad():
+                model[0].weight.add_(1.0)
+        config = {
+            "train_micro_batch_size_per_gpu": 2, "gradient_clipping": 0.0, "zero_optimization": {"stage": stage},
+            "optimizer": {"type": optimizer, "params": {"lr": 0.1}},
+        }  # fmt: skip
+        engine = deepspeed.initialize(model=model, config=config)[0]
+
+        def steps(numbers, engine=engine):
+            for number in numbers:
+                x = torch.randn(2, 4, generator=torch.Generator().manual_seed(number))
+                engine.backward(engine(x).square().mean())
+                engine.step()
+
+        if resumes:
+            engine.load_checkpoint(folder, tag="frozen")
+        else:
+            steps(range(3))
+            engine.save_checkpoint(folder, tag="frozen")
+        steps(range(3, 6))
+        ends.append(whole_weights(engine))
+        engine.destroy()
+    return ends
+
+
+@pytest.mark.parametrize("optimizer", ["LAMB", "LARS"])
+@pytest.mark.parametrize("stages", [(0, 0), (0, 1), (1, 0), (2, 0), (0, 3), (3, 0)], ids=str)
+def test_a_resume_with_frozen_layers_that_the_engine_was_given(rank_pool, tmp_path, stages, optimizer):
+    """Without ZeRO they are among the optimizer's layers, with it they lie beside it."""
+    for went_on, resumed in rank_pool.run(2, resume_with_a_frozen_body, stages, optimizer, str(tmp_path)):
+        assert went_on.keys() == resumed.keys()
+        for name, weight in went_on.items():
+            assert (resumed[name] - weight).abs().max() <= 1e-6, name

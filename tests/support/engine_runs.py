@@ -178,7 +178,7 @@ def master_pieces(engine):
     optimizer = engine.basic_optimizer
     if not optimizer._table.partitions:
         return [(name, 0, p.detach().reshape(-1).clone()) for name, p in engine.module.named_parameters()]
-    names = {id(p): layer.policy.name for p, layer in optimizer._table.layers.items()}
+    names = {id(p): layer.policy.name for p, layer in optimizer._table.of_parameter.items()}
     pieces = []
     for tensor, partition in optimizer._table.partitions.items():
         flat = tensor.detach().reshape(-1)

@@ -79,6 +79,7 @@ def partition(optimizer_class, options, process_group, dtype=torch.float32):
     numels = [p.numel() for _, p in layers]
     offsets = [sum(numels[:i]) for i in range(len(numels))]
     flat = torch.nn.Parameter(torch.ones(sum(numels)))
+    optimizer.await_layout()
     optimizer.param_groups[0]["params"] = [flat]
     layer_map = slice_of_concatenation(numels, offsets, flat.numel(), 0)
     optimizer.attach({flat: Partition(layer_map, tuple(p for _, p in layers), process_group)})

@@ -166,3 +166,61 @@ def test_a_likely_norm_that_stays_in_is_named(caplog):
         largebatch.LAMB(model.parameters(), model=model)
         largebatch.LAMB(model.parameters(), model=model, exclude_from_weight_decay=["bias"])
     assert not caplog.text
+
+
+class LayerNormLinear(nn.Linear):
+    """As in TransformerEngine: a norm and a matrix in one module."""
+
+    def __init__(self):
+        super().__init__(4, 5)
+        self.layer_norm_weight, self.layer_norm_bias = nn.Parameter(torch.ones(4)), nn.Parameter(torch.zeros(4))
+
+
+class NormLinear(nn.Linear):
+    """A linear layer with normalised weights."""
+
+
+class OwnNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gain, self.shift = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+
+
+def excluded_names(model, kinds=("norm",), by_name=False):
+    given = model.named_parameters() if by_name else model.parameters()
+    more = {} if by_name else {"model": model}
+    optimizer = largebatch.LAMB(given, exclude_from_adaptation=list(kinds), **more)
+    return {layer.name for layer in optimizer.layers if not layer.is_adapted}
+
+
+@pytest.mark.parametrize(
+    "module, expected",
+    [
+        (LayerNormLinear(), {"0.layer_norm_weight", "0.layer_norm_bias"}),
+        (NormLinear(4, 5), set()),
+        (OwnNorm(), {"0.gain", "0.shift"}),
+        (nn.LayerNorm((3, 4)), {"0.weight", "0.bias"}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_matrix_in_a_module_whose_class_says_norm_stays_in(module, expected):
+    assert excluded_names(nn.Sequential(module, nn.Linear(5, 2))) == expected
+
+
+def test_by_names_a_matrix_stays_in_and_is_told(caplog):
+    model = nn.ModuleDict({"norm_proj": nn.Linear(3, 2), "norm": nn.LayerNorm(3)})
+    with caplog.at_level("WARNING", logger="largebatch"):
+        assert excluded_names(model, by_name=True) == {"norm_proj.bias", "norm.weight", "norm.bias"}
+    assert "norm_proj.weight stayed in" in caplog.text
+
+
+@pytest.mark.parametrize("is_nested", [True, False])
+def test_a_parametrized_norm_is_one(is_nested):
+    norm = nn.LayerNorm(3)
+    nn.utils.parametrize.register_parametrization(norm, "weight", nn.Identity())
+    model = nn.ModuleDict({"a": norm}) if is_nested else norm
+    prefix = "a." if is_nested else ""
+    assert excluded_names(model) == {f"{prefix}bias", f"{prefix}parametrizations.weight.original"}
+    linear = nn.Linear(3, 2)
+    nn.utils.parametrize.register_parametrization(linear, "bias", nn.Identity())
+    assert excluded_names(linear, kinds=("bias",)) == {"parametrizations.bias.original"}

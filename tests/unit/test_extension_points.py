@@ -288,8 +288,56 @@ def test_a_misspelt_option_in_a_group(name):
 
 @pytest.mark.parametrize("name", ["preset", "kernels", "max_grad_norm", "model", "state_dtype"])
 def test_an_option_of_all_groups_in_one(name):
-    with pytest.raises(ValueError, match=f"{name} holds for all param groups together; give it to LARS itself"):
-        largebatch.LARS([{"params": [nn.Parameter(torch.ones(2))], name: None}], lr=0.1)
+    with pytest.raises(ValueError, match=f"{name} holds for all param groups together.*[Gg]ive it to LARS itself"):
+        largebatch.LARS([{"params": [nn.Parameter(torch.ones(2))], name: "other"}], lr=0.1)
+
+
+def test_options_of_all_groups_that_a_wrapper_puts_into_each():
+    """As ZeroRedundancyOptimizer and SAM do with the constructor's arguments."""
+    given = {"preset": "apex", "kernels": "reference", "max_grad_norm": 1.0, "lr": 0.1}
+    optimizer = largebatch.LAMB([{"params": [nn.Parameter(torch.ones(2))], **given}], **given)
+    assert not {"preset", "kernels", "max_grad_norm"} & optimizer.param_groups[0].keys()
+
+
+@each_of_ours
+@pytest.mark.parametrize(
+    "name", ["trust_coeff", "maximize", "learning_rate", "wd", "lars_exclude", "use_lars", "beta1", "epsilon"]
+)
+def test_an_option_of_another_package_in_a_group(optimizer_class, name):
+    with pytest.raises(
+        UnknownOptionError, match=f"a param group has '{name}', which {optimizer_class.__name__} does not know; "
+    ):
+        optimizer_class([{"params": [nn.Parameter(torch.ones(2))], name: 0.5}], lr=0.1)
+
+
+@pytest.mark.parametrize(
+    "optimizer_class, name",
+    [(largebatch.LAMB, "momentum"), (largebatch.LAMB, "trust_coefficient"), (largebatch.LARS, "betas")],
+)
+def test_an_option_of_our_other_optimizer_in_a_group(optimizer_class, name):
+    with pytest.raises(UnknownOptionError, match=f"a param group has '{name}', .* does not know; delete it"):
+        optimizer_class([{"params": [nn.Parameter(torch.ones(2))], name: 0.5}], lr=0.1)
+
+
+@each_of_ours
+@pytest.mark.parametrize("other", [torch.optim.AdamW, torch.optim.SGD])
+def test_param_groups_that_another_optimizer_has_filled_in(optimizer_class, other):
+    groups = other([nn.Parameter(torch.ones(2))], lr=0.1).param_groups
+    with pytest.raises(UnknownOptionError, match="does not know; delete it"):
+        optimizer_class(groups, lr=0.1)
+
+
+@each_of_ours
+@pytest.mark.parametrize("value", [float("nan"), -0.1, float("inf")])
+def test_a_learning_rate_in_a_tensor_is_checked_once(optimizer_class, value):
+    weight = nn.Parameter(torch.ones(2))
+    if value != float("inf"):
+        with pytest.raises(ValueError, match="lr is .*expected a number >= 0"):
+            optimizer_class([weight], lr=torch.tensor(value))
+    optimizer = optimizer_class([weight], lr=0.1)
+    with pytest.raises(ValueError, match="lr is .*expected a number >= 0"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "lr": torch.tensor(-1.0)})
+    assert len(optimizer.param_groups) == 1
 
 
 @pytest.mark.parametrize(
@@ -438,3 +486,236 @@ def fsdp1_error(use_orig_params):
     except ValueError as error:
         return str(error)
     return "nothing was refused"
+
+
+# --- values that memory does not hold ------------------------------------------------------------------------------------
+
+LAZY_GRADIENTS = {
+    "negated": lambda g: torch._neg_view(-g),
+    "zeros without memory": lambda g: torch._efficientzerotensor(g.shape),
+    "fp64": lambda g: g.double(),
+}
+
+
+@each_of_ours
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+@pytest.mark.parametrize("kind", LAZY_GRADIENTS)
+def test_lazy_and_odd_gradients_are_read_as_values(optimizer_class, kernels, kind):
+    weights = [nn.Parameter(torch.linspace(1, 2, 12).reshape(3, 4)) for _ in range(2)]
+    gradient = LAZY_GRADIENTS[kind](torch.linspace(-1, 3, 12).reshape(3, 4))
+    for weight, grad in zip(weights, (gradient, (gradient + 0).float().contiguous()), strict=True):
+        weight.grad_dtype = None
+        weight.grad = grad
+        optimizer = optimizer_class([weight], lr=0.1, kernels=kernels)
+        for _ in range(3):
+            optimizer.step()
+    assert (weights[0] - weights[1]).abs().max() <= 1e-6
+    assert kind == "zeros without memory" or not torch.equal(weights[0], torch.linspace(1, 2, 12).reshape(3, 4))
+
+
+@each_of_ours
+def test_a_negated_weight(optimizer_class):
+    values, gradient = torch.linspace(1, 2, 12).reshape(3, 4), torch.linspace(-1, 3, 12).reshape(3, 4)
+    ends = []
+    for weight in (torch._neg_view(-values).requires_grad_(), values.clone().requires_grad_()):
+        weight.grad = gradient.clone()
+        optimizer = optimizer_class([weight], lr=0.1)
+        optimizer.step()
+        optimizer.step()
+        ends.append(weight.detach().clone())
+        if weight.is_neg():
+            with pytest.raises(RuntimeError, match="only 'reference' can step"):
+                optimizer_class([weight], lr=0.1, kernels="cpp").step()
+    assert (ends[0] - ends[1]).abs().max() <= 1e-6 and not torch.equal(ends[1], values)
+
+
+# --- parameters that others exchange ------------------------------------------------------------------------------------
+
+
+@each_of_ours
+def test_a_parameter_of_the_same_shape_in_anothers_place(optimizer_class):
+    old, new = (nn.Parameter(torch.ones(3, 2)) for _ in range(2))
+    optimizer = optimizer_class([("w", old)], lr=0.1)
+    optimizer.param_groups[0]["params"][0] = new
+    new.grad = torch.ones(3, 2)
+    optimizer.step()
+    assert list(optimizer.layer_stats()) == ["w"]
+    newer = nn.Parameter(new.detach().clone())
+    newer.grad = torch.ones(3, 2)
+    optimizer.param_groups[0]["params"][0] = newer
+    with pytest.raises(RuntimeError, match="w was replaced by another tensor after it was stepped"):
+        optimizer.step()
+    optimizer.state[newer] = optimizer.state.pop(new)
+    optimizer.step()
+    assert not torch.equal(newer, new)
+
+
+@each_of_ours
+@pytest.mark.parametrize("when", ["before a step", "after a step"])
+def test_parameters_that_module_to_swaps(optimizer_class, when):
+    """torch refuses to swap what has weak references, and DTensors are always swapped."""
+    model = nn.Linear(3, 2)
+    optimizer = optimizer_class(model.parameters(), lr=0.1, model=model, kernels="reference")
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        if when == "after a step":
+            model(torch.ones(1, 3)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.to(torch.float64)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    before = model.weight.detach().clone()
+    model(torch.ones(1, 3, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+    assert before.dtype == torch.float64 and not torch.equal(before, model.weight)
+    assert list(optimizer.layer_stats()) == ["weight", "bias"]
+
+
+@each_of_ours
+def test_lazy_parameters(optimizer_class):
+    model = nn.LazyLinear(3)
+    optimizer = optimizer_class(model.parameters(), lr=0.1, model=model)
+    model(torch.ones(2, 4)).sum().backward()
+    before = model.weight.detach().clone()
+    optimizer.step()
+    assert list(optimizer.layer_stats()) == ["weight", "bias"] and not torch.equal(before, model.weight)
+
+
+def step_of_a_marked_parameter(is_told):
+    weight = nn.Parameter(torch.full((2, 2), float(torch.distributed.get_rank() + 1)))
+    weight.tensor_model_parallel = True
+    weight.grad = torch.ones(2, 2)
+    optimizer = largebatch.LAMB([("w", weight)], lr=0.1)
+    if is_told:
+        optimizer.attach({}, {weight: torch.distributed.group.WORLD})
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error)
+    return optimizer.layer_stats()["w"]["weight_norm"]
+
+
+def test_a_parameter_that_tensor_parallelism_has_cut(rank_pool):
+    for message in rank_pool.run(2, step_of_a_marked_parameter, False):
+        assert "w is marked as a part of a layer that tensor parallelism has cut" in message
+    assert rank_pool.run(2, step_of_a_marked_parameter, True) == [pytest.approx(20**0.5)] * 2
+    assert rank_pool.run(1, step_of_a_marked_parameter, False) == [pytest.approx(2.0)]
+
+
+# --- state of others ----------------------------------------------------------------------------------------------------
+
+
+@each_of_ours
+@pytest.mark.parametrize("step", [{}, {"step": 1000}], ids=["no step", "step in the group"])
+def test_moments_of_an_optimizer_without_any_option_of_ours(optimizer_class, step):
+    """apex's FusedAdam, Muon, Lion and others have our state names, and another meaning."""
+    optimizer = optimizer_class([nn.Parameter(torch.ones(2))], lr=0.1)
+    state = {"exp_avg": torch.ones(2), "exp_avg_sq": torch.ones(2), "momentum_buffer": torch.ones(2)}
+    group = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "params": [0]} | step
+    with pytest.raises(ValueError, match="another optimizer's. `largebatch convert`"):
+        optimizer.load_state_dict({"state": {0: state}, "param_groups": [group]})
+
+
+def test_moments_without_their_step():
+    weight = nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    optimizer = largebatch.LAMB([weight], lr=0.1)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    del saved["state"][0]["step"]
+    with pytest.raises(ValueError, match="has exp_avg, exp_avg_sq and no step; LAMB would begin at step 0"):
+        optimizer.load_state_dict(saved)
+
+
+# --- schedules ----------------------------------------------------------------------------------------------------------
+
+
+def scheduled(lrs, num_steps=10, **options):
+    groups = [{"params": [nn.Parameter(torch.ones(2))], "lr": lr} for lr in lrs]
+    optimizer = largebatch.LAMB(groups, lr=0.1)
+    return optimizer, largebatch.WarmupPolyLR(optimizer, total_steps=num_steps, power=1, **options)
+
+
+def lrs_of(optimizer):
+    return [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def test_a_group_that_is_deleted_while_a_schedule_runs():
+    optimizer, scheduler = scheduled([0.1, 0.5])
+    scheduler.step()
+    del optimizer.param_groups[0]
+    scheduler.step()
+    assert lrs_of(optimizer) == pytest.approx([0.5 * 0.8])
+
+
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
+def test_a_group_that_is_added_while_a_schedule_runs_has_the_optimizers_peak(lr):
+    optimizer = largebatch.LAMB([nn.Parameter(torch.ones(2))], lr=lr)
+    scheduler = largebatch.WarmupPolyLR(optimizer, total_steps=10, power=1)
+    for _ in range(4):
+        scheduler.step()
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "lr": 0.2})
+    scheduler.step()
+    assert lrs_of(optimizer) == pytest.approx([0.05, 0.05, 0.1])
+
+
+def test_a_schedules_state_of_fewer_groups():
+    _, saved = scheduled([0.1], 1000, warmup_steps=100)
+    optimizer, scheduler = scheduled([0.1, 0.1], 1000, warmup_steps=100)
+    for _ in range(200):
+        saved.step()
+    scheduler.load_state_dict(saved.state_dict())
+    assert lrs_of(optimizer) == pytest.approx([saved.get_last_lr()[0]] * 2)
+
+
+def test_a_second_schedule_begins_at_the_peak():
+    optimizer, scheduler = scheduled([0.1], 4)
+    for _ in range(4):
+        scheduler.step()
+    assert lrs_of(optimizer) == [0.0]
+    largebatch.WarmupPolyLR(optimizer, total_steps=4, power=1)
+    assert lrs_of(optimizer) == pytest.approx([0.1])
+
+
+def test_a_loaded_optimizer_state_leaves_the_schedules_peaks():
+    optimizer, scheduler = scheduled([0.1, 0.5])
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        group["lr"], group["initial_lr"] = 7.0, 7.0
+    optimizer.load_state_dict(saved)
+    scheduler.step()
+    assert lrs_of(optimizer) == pytest.approx([0.09, 0.45])
+
+
+def test_our_schedules_are_torchs():
+    """In a chain of schedules they do what LambdaLR does with the same factor."""
+    found = []
+    for is_ours in (True, False):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
+        if is_ours:
+            first = largebatch.WarmupPolyLR(optimizer, total_steps=6, warmup_steps=2, power=1)
+            assert isinstance(first, torch.optim.lr_scheduler.LRScheduler)
+        else:
+            first = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: (t + 1) / 2 if t < 2 else (6 - t) / 4)
+        second = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=0.5, total_iters=100)
+        chain = torch.optim.lr_scheduler.SequentialLR(optimizer, [first, second], milestones=[4])
+        lrs = []
+        for _ in range(7):
+            lrs += lrs_of(optimizer)
+            optimizer.step()
+            chain.step()
+        found.append(lrs)
+    assert found[0] == pytest.approx(found[1])
+
+
+@pytest.mark.parametrize("step, expected", [(torch.tensor(7), 7), (float("nan"), None)])
+def test_steps_in_another_schedules_state(step, expected):
+    _, scheduler = scheduled([0.1])
+    if expected is None:
+        with pytest.raises(ValueError, match="none of it says at which step"):
+            scheduler.load_state_dict({"last_epoch": step})
+    else:
+        scheduler.load_state_dict({"last_epoch": step})
+        assert scheduler.last_epoch == expected

@@ -1,5 +1,6 @@
 """Conversions to plain PyTorch and back, in one process: every layer and its state comes back, whatever the model is like."""
 
+import argparse
 import subprocess
 import sys
 
@@ -100,3 +101,23 @@ def test_a_module_is_run_as_a_script_is(tmp_path):
     assert run.stdout.splitlines()[-1] == "__main__ ['--local_rank=0', '--x', '1'] True"
     run = subprocess.run([*command, "pkg.missing"], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 2 and "'pkg.missing' is neither a file nor a module" in run.stderr
+
+
+@pytest.mark.parametrize("content", ["object", "text"])
+def test_a_file_that_is_not_of_plain_values_is_one_line(tmp_path, content, capsys):
+    path = tmp_path / "x.pt"
+    if content == "object":
+        torch.save({"model": {}, "optimizer": {}, "args": argparse.Namespace(a=1)}, path)
+    else:
+        path.write_bytes(b"hello")
+    assert convert_command.main([str(path), str(tmp_path / "y.pt")]) == 2
+    said = capsys.readouterr().err
+    assert "cannot be read with weights_only=True" in said and said.count("\n") == 1
+
+
+def test_a_wrapped_models_names_are_explained(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    optimizer = largebatch.LAMB(model.named_parameters())
+    weights = {f"module.{name}": value for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="its names begin with 'module.' there, from DistributedDataParallel"):
+        largebatch.checkpoint.from_state_dicts(weights, optimizer.state_dict(), "LAMB")

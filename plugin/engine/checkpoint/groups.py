@@ -17,8 +17,9 @@ def saved_group_of(layers: Sequence[str], saved_groups: Sequence[Sequence[str]])
     counts: dict[int, int] = {}
     places = {layer: number for number, group in enumerate(saved_groups) for layer in group}
     for layer in layers:
-        counts[places[layer]] = counts.get(places[layer], 0) + 1
-    return sorted(counts, key=lambda number: -counts[number])
+        if layer in places:  # not so what was frozen when the checkpoint was saved
+            counts[places[layer]] = counts.get(places[layer], 0) + 1
+    return sorted(counts, key=lambda number: -counts[number]) or [0]
 
 
 def value_for(origins: list[int], values: Sequence[Any], name: str, number: int) -> Any:

@@ -17,6 +17,10 @@ MODEL, OPTIMIZER, KIND, NAMES = "model", "optimizer", "optimizer_class", "names"
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
+WRAPPERS = {"module.": "DistributedDataParallel", "_orig_mod.": "torch.compile"}
+"""Beginning of the names in the state_dict of a wrapped model -> the wrapper."""
+
+
 def from_state_dicts(
     model: dict[str, Tensor],
     optimizer: dict[str, Any],
@@ -47,7 +51,13 @@ def from_state_dicts(
     state = {by_id[i]: {k: v for k, v in s.items() if v is not None} for i, s in optimizer["state"].items()}
     for name in known:
         if name not in model:
-            raise ValueError(f"the optimizer steps {name!r}, which is not in the model's state_dict")
+            prefix = next((p for p in WRAPPERS if f"{p}{name}" in model), None)
+            hint = (
+                f"; its names begin with {prefix!r} there, from {WRAPPERS[prefix]}: take the inner model's"
+                if prefix
+                else ""
+            )
+            raise ValueError(f"the optimizer steps {name!r}, which is not in the model's state_dict{hint}")
         for key, value in state.get(name, {}).items():
             if isinstance(value, Tensor) and value.numel() > 1 and value.shape != model[name].shape:
                 raise ValueError(
@@ -119,12 +129,28 @@ def read_pytorch(path: str, kind: str | None = None, *, names: Sequence[str] | N
     Raises:
         ValueError: the file lacks one of them.
     """
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
+        raise ValueError(
+            f"{path!r} cannot be read with weights_only=True ({type(error).__name__}: {reason[:200]}); expected a file of torch.save "
+            "with tensors, numbers, texts, lists and dicts only. Save the two state_dicts alone"
+        ) from error
     model, optimizer = keys.pop("model", MODEL), keys.pop("optimizer", OPTIMIZER)
     for option, key in (("--model-key", model), ("--optimizer-key", optimizer)):
         if not isinstance(content, dict) or key not in content:
             found = f"the keys {', '.join(map(repr, content))}" if isinstance(content, dict) else type(content).__name__
             raise ValueError(f"{path!r} holds {found}; expected {key!r}. Name the right key with {option}")
+    if isinstance(content[optimizer], list) and len(content[optimizer]) == 1:  # Lightning's optimizer_states
+        content[optimizer] = content[optimizer][0]
+    if not isinstance(content[optimizer], dict) or "param_groups" not in content[optimizer]:
+        raise ValueError(
+            f"{path!r} has no optimizer's state_dict under {optimizer!r}, but {type(content[optimizer]).__name__}; expected a dict with "
+            "state and param_groups. Name the right key with --optimizer-key"
+        )
     kind = kind or content.get(KIND)
     if kind is None:
         raise ValueError(f"{path!r} does not say whose state its optimizer's is; name it with --from-optimizer")

@@ -18,7 +18,7 @@ from torch import Tensor
 from largebatch.engine.checkpoint.agreement import raise_together
 from largebatch.engine.checkpoint.groups import options_for, scheduler_state_for
 from largebatch.engine.checkpoint.layout import EngineLayout, NamedCut, describe
-from largebatch.engine.checkpoint.saved import MASTER, Piece, SavedCheckpoint
+from largebatch.engine.checkpoint.saved import MASTER, LayerState, Piece, SavedCheckpoint
 from largebatch.engine.checkpoint.state import check_optimizers, make_state, scalars_of
 from largebatch.engine.lr_schedulers import FactorLR
 from largebatch.engine.wrappers import (
@@ -106,6 +106,8 @@ def load(
         check_layers(engine, saved, current, with_optimizer=with_optimizer, is_strict=is_strict)
         states, shard = saved.model_states(), saved.optimizer(0)
         layer_states = saved.layer_states(shard) if with_optimizer else {}
+        if with_optimizer:  # frozen layers that lay beside the optimizer have no state
+            layer_states |= {n: LayerState(0, {}, {}) for n in frozen_names(engine) if n not in layer_states}
         scalars = [
             scalars_of([layer_states[n] for n in cut.layers], cut.layers) for cut in current.cuts if layer_states
         ]
@@ -188,8 +190,12 @@ def check_layers(
     ours, theirs = dict(current.shapes), dict(saved.layout.shapes)
     if with_optimizer:
         check_optimizers(saved.layout.optimizer, current.optimizer, saved.path)
+        # without ZeRO the param groups may hold layers that are frozen; with it they lie beside the optimizer
+        frozen = frozen_names(engine)
+        theirs |= {name: s for name, s in saved.frozen_shapes().items() if name in frozen and name not in theirs}
+        ours |= {name: s for name, s in shapes_of(engine).items() if name in frozen and name in theirs}
     else:
-        ours |= {name: tuple(getattr(p, "ds_shape", p.shape)) for p, name in engine.param_names.items()}
+        ours |= shapes_of(engine)
         frozen = saved.frozen_shapes()
         theirs |= {name: shape for name, shape in frozen.items() if name in ours and name not in theirs}
     wrong = []
@@ -205,6 +211,15 @@ def check_layers(
         more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         hint = "" if with_optimizer or not is_strict else ". load_module_strict=False takes the layers that are in both"
         raise ValueError(f"{saved.path!r} holds other layers than the model: {', '.join(wrong[:3])}{more}{hint}")
+
+
+def shapes_of(engine: Any) -> dict[str, tuple[int, ...]]:
+    """Of all parameters of the model."""
+    return {name: tuple(getattr(p, "ds_shape", p.shape)) for p, name in engine.param_names.items()}
+
+
+def frozen_names(engine: Any) -> set[str]:
+    return {name for p, name in engine.param_names.items() if not p.requires_grad}
 
 
 def targets_in(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,9 @@ NOT_CLIENTS = CONSUMED + (
     "frozen_param_fragments", "global_samples", "ds_config", "ds_version", "checkpoint_parallel_dims", KEY,
 )  # fmt: skip
 """Entries of the model states that are DeepSpeed's own."""
+
+
+logger = logging.getLogger("largebatch")
 
 
 @dataclass
@@ -149,6 +153,8 @@ def write_deepspeed(whole: WholeState, path: str, origin: str) -> None:
     if os.path.exists(path):
         raise ValueError(f"{path!r} exists; choose another name")
     layers = whole.layers
+    if any(whole.weights[name].dtype == torch.float64 for name in layers):
+        logger.warning("%r: weights of fp64 will be rounded to fp32, which DeepSpeed's masters are", path)
     group_of = {name: number for number, group in enumerate(whole.groups) for name in group["params"]}
     layout = EngineLayout(
         world_size=1,

@@ -25,8 +25,12 @@ inline Dtype dtype_of(const at::Tensor& tensor) {
   }
 }
 
+// Whether memory does not hold the values: of a lazily negated view, or of a tensor of zeros without memory.
+inline bool is_lazy(const at::Tensor& t) { return t.is_neg() || t._is_zerotensor(); }
+
 // Whether equal indices lie at equal offsets. The stride of a dimension of size 1 says nothing about that.
 inline bool are_laid_out_alike(const at::Tensor& a, const at::Tensor& b) {
+  if (is_lazy(a)) return false;
   if (a.sizes() != b.sizes()) return false;
   if (a.strides() == b.strides()) return true;
   for (int64_t d = 0; d < a.dim(); ++d)
