@@ -75,7 +75,9 @@ ENVIRONMENTS = (
     Environment("0.16.9", "2.6", "3.10", OLD_CLIENTS),
     Environment("0.17.6", "2.8", clients=OLD_CLIENTS),
     Environment("0.18.4", "2.8", clients=OLD_CLIENTS),
+    Environment("0.16.9", "2.14", clients=OLD_CLIENTS),  # what Lightning's and LLaMA-Factory's limits resolve to
     Environment("0.18.6", "2.11"),
+    Environment("0.18.9", "2.13"),  # axolotl's
     Environment("0.19.0", "2.11"),
     Environment("0.19.8", "2.14"),
     Environment("0.19.8", "2.14", "3.10"),
