@@ -8,7 +8,9 @@ Run it: deepspeed --num_accelerators 2 examples/accelerate_plugin.py
 
 import argparse
 import json
+import os
 import pathlib
+import sys
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DeepSpeedPlugin, DistributedType
@@ -31,7 +33,10 @@ parser.add_argument("--local_rank", help="set by the launcher")
 arguments = parser.parse_args()
 
 is_fsdp2 = arguments.without_deepspeed == "fsdp2"
-options = {"dataloader_config": DataLoaderConfiguration(use_seedable_sampler=True, data_seed=0)}
+# without DeepSpeed a batch is of all ranks together; else Accelerate would step the scheduler once for each rank in a step
+is_split = arguments.without_deepspeed is not None
+data_options = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=0, split_batches=is_split)
+options = {"dataloader_config": data_options}
 if arguments.without_deepspeed:
     arguments.optimizer_from = "code"
     options["cpu"] = not torch.cuda.is_available()
@@ -52,8 +57,9 @@ if is_fsdp2 and options["cpu"]:  # Accelerate takes FSDP for GPUs only unless it
     accelerator.state.fsdp_plugin = fsdp_plugin
     accelerator.state._shared_state["distributed_type"] = DistributedType.FSDP
 train_set, test_set = digits()
-loader = DataLoader(train_set, batch_size=arguments.batch // accelerator.num_processes, shuffle=True)
-num_batches = arguments.epochs * len(loader)  # of all ranks together
+num_parts = 1 if is_split else accelerator.num_processes
+loader = DataLoader(train_set, batch_size=arguments.batch // num_parts, shuffle=True)
+num_batches = arguments.epochs * len(loader)
 model = build_model()
 if arguments.optimizer_from == "config":
     optimizer = DummyOptim(model.parameters(), lr=0.04, weight_decay=0.01)
@@ -63,10 +69,7 @@ else:
     optimizer = largebatch.LAMB(
         model.parameters(), lr=0.04, weight_decay=0.01, exclude_from_adaptation=["bias", "norm"], model=model
     )
-    # under DeepSpeed the engine steps it; without, Accelerate does so once for each rank in each step
-    per_step = accelerator.num_processes if arguments.without_deepspeed else 1
-    num_steps = num_batches // accelerator.num_processes
-    scheduler = largebatch.WarmupPolyLR(optimizer, total_steps=num_steps * per_step, warmup_steps=6 * per_step, power=1)
+    scheduler = largebatch.WarmupPolyLR(optimizer, total_steps=num_batches // num_parts, warmup_steps=6, power=1)
 model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
 
 for _ in range(arguments.epochs):
@@ -90,3 +93,8 @@ if accelerator.is_main_process:
     if arguments.output:
         torch.save(weights, arguments.output)
 accelerator.end_training()
+sys.stdout.flush()
+if not torch.cuda.is_available():
+    os._exit(
+        0
+    )  # gloo's threads may abort an interpreter that ends by itself: "terminate called without an active exception"

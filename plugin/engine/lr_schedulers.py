@@ -97,7 +97,7 @@ def end_share(end_lr: Any, end_factor: float, peak_lr: float) -> float:
 class FactorLR(LRScheduler):
     """Base of the JSON schedulers: lr of a group at step t = the group's peak * factor(t).
 
-    The peak is the group's ``initial_lr``, where torch's schedulers keep it, or else its ``lr``. ``step()`` is called after each
+    The peak is the group's ``lr``; or, where that is what an earlier schedule has made of it, that schedule's peak. ``step()`` is called after each
     optimizer step, as DeepSpeed does; on construction the learning rate of step 0 is set. ``state_dict`` holds the step and
     the peaks. A param group that is added later follows the same factor from the next step on.
     """
@@ -107,11 +107,24 @@ class FactorLR(LRScheduler):
         self.optimizer = torch_optimizer(optimizer)
         self.last_epoch = 0
         self._step_count = 1
+        earlier = getattr(self.optimizer, "_largebatch_schedule", None)
+        scheduled = {} if earlier is None else earlier.scheduled()
         self._peaks: list[tuple[dict[str, Any], float]] = []
+        for group in self.optimizer.param_groups:
+            lr = float(group["lr"])
+            if id(group) in scheduled:
+                peak, scheduled_lr = scheduled[id(group)]
+                group["initial_lr"] = peak if lr == scheduled_lr else lr
+            self._peaks.append((group, float(group.get("initial_lr", lr))))
+        self.optimizer._largebatch_schedule = self
         self._set()
 
     def factor(self, step: int) -> float:
         raise NotImplementedError
+
+    def scheduled(self) -> dict[int, tuple[float, float]]:
+        """id of a param group -> its peak, and the learning rate that this schedule has set last."""
+        return {id(g): (peak, float(lr)) for (g, peak), lr in zip(self._peaks, self._last_lr, strict=True)}
 
     @property
     def last_batch_iteration(self) -> int:

@@ -243,10 +243,10 @@ class LayerTable:
     def layers_of_group(
         self, index: int, parameters: Sequence[Tensor], stepped: Iterable[Tensor]
     ) -> list[Layer | None]:
-        """The layer at each place of a param group; None for what is a partition, or no layer that is known.
+        """The layer of each tensor in a param group; None for what is a partition, or no layer that is known.
 
-        A tensor that somebody has put in a parameter's place is the same layer if it has the same shape, as a DTensor has that
-        Accelerate's FSDP2 puts there after the optimizer was built.
+        A parameter that was given is known wherever it stands now. A tensor that somebody has put in a parameter's place is the
+        same layer if it has the same shape, as a DTensor has that Accelerate's FSDP2 puts there after the optimizer was built.
 
         Args:
             index: of the param group.
@@ -257,14 +257,21 @@ class LayerTable:
             ValueError: what replaces it says that it is a part of a layer.
         """
         layers = self.groups[index] if index < len(self.groups) else []
-        if len(layers) != len(parameters):
-            return [None] * len(parameters)
+        has_places, ids = len(layers) == len(parameters), {id(tensor) for tensor in parameters}
+        by_id = {layer.tensor_id: layer for group in self.groups for layer in group}
         found: list[Layer | None] = []
-        for layer, tensor in zip(layers, parameters, strict=True):
-            layer.shape = tensor.shape if layer.shape is None else layer.shape
-            is_same = tensor not in self.partitions and tensor.shape == layer.shape
-            found.append(layer if is_same else None)
-            if is_same and id(tensor) != layer.tensor_id:
+        for place, tensor in enumerate(parameters):
+            candidates = [by_id.get(id(tensor))]
+            if has_places and layers[place].tensor_id not in ids:
+                candidates.append(layers[place])
+            if tensor in self.partitions:
+                candidates = []
+            layer = next((c for c in candidates if c is not None and c.shape in (None, tensor.shape)), None)
+            found.append(layer)
+            if layer is None:
+                continue
+            layer.shape = tensor.shape
+            if id(tensor) != layer.tensor_id:
                 check_is_no_part(tensor, layer.policy.name)
                 stepped_ids = {id(t) for t in stepped}
                 if layer.tensor_id in stepped_ids and id(tensor) not in stepped_ids:

@@ -212,8 +212,8 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
             if advice:
                 raise UnknownOptionError(f"a param group has {name!r}, which {cls} does not know; {advice}")
         lr = (self.defaults | own).get("lr")
-        if isinstance(lr, Tensor) and lr.numel() == 1 and lr.device.type != "meta":
-            LEARNING_RATE("lr", lr.item())  # afterwards nobody looks at it, which would wait for the device
+        if isinstance(lr, Tensor) and lr.numel() == 1 and lr.device.type == "cpu":
+            LEARNING_RATE("lr", lr.item())  # afterwards nobody looks at it; on a GPU that would wait for the device
         return own
 
     def _group_options(self, group: dict[str, Any]) -> Any:

@@ -551,6 +551,26 @@ def test_a_parameter_of_the_same_shape_in_anothers_place(optimizer_class):
 
 
 @each_of_ours
+def test_parameters_that_are_moved_between_places(optimizer_class):
+    """A parameter given is known wherever it stands; what is new beside it is nobody."""
+    a, b, c = (nn.Parameter(torch.ones(3, 2) * i) for i in (1, 2, 3))
+    optimizer = optimizer_class([{"params": [("a", a), ("b", b)]}, {"params": [("c", c)]}], lr=0.1)
+    groups = optimizer.param_groups
+    for x in (a, b, c):
+        x.grad = torch.ones(3, 2)
+    optimizer.step()
+    groups[0]["params"], groups[1]["params"] = [c, b], [a]
+    optimizer.step()
+    assert optimizer.layer_stats().keys() == {"a", "b", "c"}
+    del groups[0]["params"][1]
+    optimizer.step()
+    groups[0]["params"] += [b, nn.Parameter(torch.ones(3, 2))]
+    groups[0]["params"][-1].grad = torch.ones(3, 2)
+    with pytest.raises(RuntimeError, match="A new layer of your own is taken by add_param_group"):
+        optimizer.step()
+
+
+@each_of_ours
 @pytest.mark.parametrize("when", ["before a step", "after a step"])
 def test_parameters_that_module_to_swaps(optimizer_class, when):
     """torch refuses to swap what has weak references, and DTensors are always swapped."""
@@ -677,6 +697,10 @@ def test_a_second_schedule_begins_at_the_peak():
     assert lrs_of(optimizer) == [0.0]
     largebatch.WarmupPolyLR(optimizer, total_steps=4, power=1)
     assert lrs_of(optimizer) == pytest.approx([0.1])
+    optimizer.param_groups[0]["lr"] = 0.7  # the caller's own, not what a schedule has left
+    third = largebatch.WarmupPolyLR(optimizer, total_steps=4, power=1)
+    third.step()
+    assert lrs_of(optimizer) == pytest.approx([0.7 * 0.75])
 
 
 def test_a_loaded_optimizer_state_leaves_the_schedules_peaks():
