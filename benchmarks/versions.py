@@ -4,7 +4,7 @@
     python benchmarks/versions.py --output DIR --environments 0.16.9/2.6/3.10 --columns exact   # one, in minutes, as CI does
 
 `uv run` makes the environment of a pair from the package index and drops it when the tests end; what it has downloaded
-stays in uv's cache, several GB a torch, until `--forget` has it emptied between two torch releases. setup.cfg's own limits
+stays in uv's cache, several GB a torch (UV_CACHE_DIR names another place for it). setup.cfg's own limits
 hold, so a pair outside them fails to install, which is a row of the table, too. A line of JSON per pair and column goes to
 DIR/results.jsonl as soon as it is known; called again, only what is missing runs. Exit code 1 if any test failed.
 
@@ -143,18 +143,15 @@ def main() -> int:
     parser.add_argument("--environments", nargs="+", choices=by_name, default=list(by_name))
     parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=list(COLUMNS))
     parser.add_argument("--report", type=pathlib.Path, help="Markdown file to write the table to")
-    parser.add_argument("--forget", action="store_true", help="empty uv's cache when the torch changes")
     arguments = parser.parse_args()
     path = arguments.output / "results.jsonl"
     arguments.output.mkdir(parents=True, exist_ok=True)
     chosen = [by_name[name] for name in arguments.environments]
-    for environment, successor in zip(chosen, [*chosen[1:], None], strict=True):
+    for environment in chosen:
         for column in arguments.columns:
             if (environment.name, column) not in known_results(path):
                 with path.open("a") as file:
                     file.write(json.dumps(run_tests(environment, column)) + "\n")
-        if arguments.forget and successor is not None and successor.torch != environment.torch:
-            subprocess.run(["uv", "cache", "clean", "--quiet"], check=True)
     results = known_results(path)
     if arguments.report:
         arguments.report.write_text(table(list(ENVIRONMENTS), results))

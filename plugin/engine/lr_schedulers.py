@@ -97,9 +97,10 @@ def end_share(end_lr: Any, end_factor: float, peak_lr: float) -> float:
 class FactorLR(LRScheduler):
     """Base of the JSON schedulers: lr of a group at step t = the group's peak * factor(t).
 
-    The peak is the group's ``lr``; or, where that is what an earlier schedule has made of it, that schedule's peak. ``step()`` is called after each
-    optimizer step, as DeepSpeed does; on construction the learning rate of step 0 is set. ``state_dict`` holds the step and
-    the peaks. A param group that is added later follows the same factor from the next step on.
+    The peak is the group's ``lr``; where that is what an earlier schedule has made of it, that schedule's peak: torch's and a loaded
+    state leave it in ``initial_lr``. ``step()`` is called after each optimizer step, as DeepSpeed does; on construction the
+    learning rate of step 0 is set. ``state_dict`` holds the step and the peaks. A param group that is added later follows the
+    same factor from the next step on.
     """
 
     def __init__(self, optimizer: Any):

@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor, Shard, placement_types
 
 from largebatch.layer_map.segment import LayerMap, Segment
 
-STRIDED = (Shard, *filter(None, [getattr(placement_types, "_StridedShard", None)]))
-"""Cut: FSDP2 over tensor parallelism along the same dimension gives _StridedShard, which is no Shard in newer versions of torch."""
+CUT = (Shard, *filter(None, [getattr(placement_types, "_StridedShard", None)]))
+"""FSDP2 over tensor parallelism along the same dimension gives _StridedShard, which is no Shard in newer versions of torch."""
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def process_groups_of(parameter: DTensor) -> tuple[dist.ProcessGroup, ...]:
     """
     groups = []
     for dimension, placement in enumerate(parameter.placements):
-        if placement.is_shard() or isinstance(placement, STRIDED):
+        if isinstance(placement, CUT):
             groups.append(parameter.device_mesh.get_group(dimension))
         elif not placement.is_replicate():
             raise RuntimeError(

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from largebatch.engine import replacements
+from largebatch.engine.internals import DeepSpeedFaultError
 from largebatch.engine.patches import PATCHES, listing
 from support import engine_runs, registering
 
@@ -229,3 +231,33 @@ def wrong_map_is_noticed():
 def test_a_map_that_does_not_fit_the_tensors_is_refused_on_every_rank(rank_pool):
     errors = rank_pool.run(2, wrong_map_is_noticed)
     assert all("do not hold the layers that its attributes say" in error for error in errors)
+
+
+class StandInEngine:
+    """What of an engine is looked at; its wrapper is an object of a class of that name."""
+
+    def __init__(self, wrapper, is_bf16=True, **attributes):
+        self.optimizer = type(wrapper, (), attributes)()
+        self.bfloat16_enabled = lambda: is_bf16
+
+
+@pytest.mark.parametrize(
+    "engine, version, words",
+    [
+        (StandInEngine("FP16_UnfusedOptimizer"), "0.18.4", "never clears the gradients"),
+        (StandInEngine("FP16_UnfusedOptimizer", loss_scale_config=1), "0.18.6", None),
+        (StandInEngine("FP16_UnfusedOptimizer", is_bf16=False), "0.18.4", None),
+        (StandInEngine("BF16_Optimizer"), "0.18.9", "leaves the last micro-batch out"),
+        (StandInEngine("BF16_Optimizer", immediate_grad_update=True, custom_loss_scaler=False), "0.18.9", None),
+        (StandInEngine("BF16_Optimizer"), "0.19.0", None),
+        (StandInEngine("DeepSpeedZeroOptimizer"), "0.18.9", None),
+    ],
+)
+def test_bf16_that_a_release_trains_wrongly_is_refused(monkeypatch, engine, version, words):
+    """What the classes are like in those releases was read in their sources; tests/sharding runs the refusals where one is installed."""
+    monkeypatch.setattr(replacements, "installed_version", lambda: version)
+    if words is None:
+        replacements.refuse_faulty_bf16(engine)
+    else:
+        with pytest.raises(DeepSpeedFaultError, match=f"DeepSpeed {version} {words}"):
+            replacements.refuse_faulty_bf16(engine)

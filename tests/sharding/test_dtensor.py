@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import largebatch
 from support.problems import changing_lrs, random_gradients, random_layers, relative_error, run_optimizer
@@ -263,3 +264,40 @@ def test_a_replicated_gradient_of_a_cut_layer(rank_pool):
     largebatch.LAMB([whole], lr=0.1).step()
     for found in rank_pool.run(2, step_with_replicated_gradient):
         assert relative_error([found], [whole]) < BOUND
+
+
+def train_over_tensor_parallelism(algorithm, shape):
+    """As train_network: fully_shard over parallelize_module, which cuts the same dimension twice."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(13, 32, bias=False), nn.Linear(32, 5, bias=False))
+    if shape is not None:
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data", "tensor"))
+        parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
+        fully_shard(model, mesh=mesh["data"])
+    optimizer = getattr(largebatch, algorithm)(model.parameters(), lr=0.02, weight_decay=0.01)
+    x, y = torch.randn(8, 13, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 5
+    losses = []
+    for _ in range(6):
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    ratios = [figures["trust_ratio"] for figures in optimizer.layer_stats().values()]
+    return (
+        losses,
+        ratios,
+        [p.full_tensor().detach() if isinstance(p, DTensor) else p.detach() for p in model.parameters()],
+    )
+
+
+@pytest.mark.parametrize("algorithm", ["LAMB", "LARS"])
+@pytest.mark.parametrize("shape", [(1, 2), (2, 1), (2, 2)], ids=str)
+def test_fsdp2_over_tensor_parallelism(rank_pool, shape, algorithm):
+    losses, ratios, expected = train_over_tensor_parallelism(algorithm, None)
+    for found_losses, found_ratios, found in rank_pool.run(
+        shape[0] * shape[1], train_over_tensor_parallelism, algorithm, shape
+    ):
+        assert found_losses == pytest.approx(losses, rel=1e-5)
+        assert found_ratios == pytest.approx(ratios, rel=1e-5)
+        assert relative_error(found, expected) < 1e-5
