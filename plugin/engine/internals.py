@@ -111,6 +111,22 @@ INTERNALS: dict[str, Internal] = {
 }
 """Our word -> where DeepSpeed keeps it."""
 
+NEWER_ENTRIES: dict[str, str] = {
+    "managed_gradient_accumulation": "runtime.constants:MANAGED_GRADIENT_ACCUMULATION",
+    "gradient_allreduce_op": "runtime.constants:GRADIENT_ALLREDUCE_OP",
+    "disable_python_gc": "runtime.constants:DISABLE_PYTHON_GC",
+    "expert_parallel": "runtime.config:EXPERT_PARALLEL",
+    "datastates_ckpt": "datastates.config:DATASTATES_CHECKPOINTING",
+    "torch_autocast": "runtime.constants:TORCH_AUTOCAST",
+    "torch_autocast.lower_precision_safe_modules": "runtime.constants:TORCH_AUTOCAST_LOWER_PRECISION_SAFE_MODULES",
+    "checkpoint.checkpoint_serialization": "runtime.model_checkpointing.constants:CHECKPOINT_SERIALIZATION",
+    "checkpoint.writer": "runtime.model_checkpointing.constants:CHECKPOINT_WRITER",
+    "data_types.param_dtype": "runtime.constants:PARAM_DTYPE",
+    "data_types.buffer_dtype": "runtime.constants:BUFFER_DTYPE",
+    "data_types.keep_in_fp32_modules": "runtime.constants:KEEP_IN_FP32_MODULES",
+}
+"""Entry of a ds_config without a model, which not every supported version reads -> the constant that holds its name there."""
+
 
 def internal(name: str) -> Any:
     """A name of :data:`INTERNALS`, or its default.
@@ -122,6 +138,14 @@ def internal(name: str) -> Any:
     if value is MISSING:
         raise RuntimeError(lacks([INTERNALS[name].places[0]]))
     return value
+
+
+def refuse_newer_entry(entry: str) -> None:
+    """Raises ValueError for one that the DeepSpeed at hand would ignore."""
+    if entry in NEWER_ENTRIES and at(NEWER_ENTRIES[entry]).find() is MISSING:
+        raise ValueError(
+            f"{entry} is not known to DeepSpeed {installed_version()}, which would ignore it. Remove it, or install a newer version"
+        )
 
 
 def missing(internals: Mapping[str, Internal]) -> list[str]:

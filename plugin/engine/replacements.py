@@ -97,12 +97,14 @@ def attaching_layout(configure: Method) -> Method:
     @functools.wraps(configure)
     def _configure_optimizer(self, client_optimizer, model_parameters):
         configure(self, client_optimizer, model_parameters)
-        if is_stepped_by_ours(self):
+        is_baseline = type(self.basic_optimizer) in baselines.BASELINES
+        if is_stepped_by_ours(self) or is_baseline:
             refuse_faulty_bf16(self)
+        if is_stepped_by_ours(self):
             self.basic_optimizer.attach(read_layout(self.optimizer), read_cuts(self))
             loss_scale.repair(self)
             log_exclusions(self.basic_optimizer)
-        elif type(self.basic_optimizer) in baselines.BASELINES:
+        elif is_baseline:
             baselines.undo_first_step(self)
             loss_scale.repair(self)
 

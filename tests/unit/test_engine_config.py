@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from largebatch.engine import internals
 from largebatch.engine.config_checks import check_engine_config
 from largebatch.engine.config_checks.files import DEEPEST, read_json
 from largebatch.launch.recipe_files import load_recipes
@@ -144,6 +145,29 @@ def test_a_trainer_cuts_neither_sequences_nor_models(changes, message):
 
 def test_the_batch_is_not_compared_with_an_unknown_number_of_ranks():
     check_engine_config(changed({"gradient_accumulation_steps": 3}), world_size=None)
+
+
+VALUES = {
+    "gradient_allreduce_op": "sum",
+    "expert_parallel": {},
+    "datastates_ckpt": {},
+    "torch_autocast": {},
+    "checkpoint.writer": None,
+    "data_types.param_dtype": "fp32",
+    "data_types.buffer_dtype": "fp32",
+}
+
+
+@pytest.mark.parametrize("entry", internals.NEWER_ENTRIES)
+def test_an_entry_that_this_deepspeed_does_not_know_is_refused(monkeypatch, entry):
+    config = changed({entry: VALUES.get(entry, True)})
+    place = internals.NEWER_ENTRIES[entry]
+    if internals.at(place).find() is not internals.MISSING:
+        assert internals.at(place).find() == entry.rpartition(".")[2]
+        check_engine_config(config, world_size=2)
+        monkeypatch.delattr(*internals.owner_of(f"deepspeed.{place}"))
+    with pytest.raises(ValueError, match=f"^{entry} is not known to DeepSpeed {internals.installed_version()}, which would"):
+        check_engine_config(config, world_size=2)
 
 
 @pytest.mark.parametrize(

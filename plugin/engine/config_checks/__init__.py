@@ -22,7 +22,7 @@ from largebatch.engine.config_checks.combinations import (
 )
 from largebatch.engine.config_checks.models import check_model, models
 from largebatch.engine.config_checks.tables import PRECISION_SECTIONS, SECTIONS, TOP_LEVEL, check_entries, section
-from largebatch.engine.internals import internal
+from largebatch.engine.internals import internal, refuse_newer_entry
 
 MISSPELT = 0.85
 """Nearness (difflib's ratio) from which on a key is taken for a misspelt one: "comment" is not "comet"."""
@@ -47,6 +47,7 @@ def check_engine_config(
     known = {*TOP_LEVEL, *sections, *known_models} - {"timers.throughput"}
     for key, value in config.items():
         check_top_level_key(key, sorted(known), is_closed)
+        refuse_newer_entry(key)
         if key in TOP_LEVEL:
             TOP_LEVEL[key](key, value)
         if key in known_models:
@@ -54,6 +55,8 @@ def check_engine_config(
         elif key in sections:
             section(key, value)
             check_entries(key, value, sections[key])
+            for entry in value:
+                refuse_newer_entry(f"{key}.{entry}")
     timers = config.get("timers", {})
     check_entries("timers", timers, {"throughput": section})
     if "throughput" in timers:
