@@ -20,13 +20,13 @@ class TakenStep:
         agreed: [3 + ranks] fp64, summed over the ranks: loss, requests to stop, seconds of the step before, then each rank's
             own time.
         fields: of its line in the metrics file, known at once.
-        layers: figures of its layers, on their way; None if they are not wanted.
+        layers: of its layers, and their figures on their way; None if they are not wanted.
     """
 
     step: int
     agreed: Download
     fields: dict[str, Any]
-    layers: list[tuple[tuple[str, ...], Download]] | None
+    layers: list[tuple[LayerStats, Download]] | None
 
 
 @dataclass
@@ -77,16 +77,20 @@ def report_step(
         scalars["loss_scale"] = taken.fields["loss_scale"]
     tagged = {f"Train/{name}": value for name, value in scalars.items()}
     if taken.layers is not None:
-        layers = merged(LayerStats(names, figures.values()) for names, figures in taken.layers)
+        layers = merged(stats._replace(figures=figures.values()) for stats, figures in taken.layers)
         reporter.event("layers", step=step, layers=layers)
         for name, figures in layers.items():
-            tagged[f"TrustRatio/{name}"] = figures["trust_ratio"]
-            tagged[f"LocalLR/{name}"] = figures["local_lr"]
-            tagged[f"WeightNorm/{name}"] = figures["weight_norm"]
-            tagged[f"DirectionNorm/{name}"] = figures["direction_norm"]
-        over_layers = {f"Layers/{key}": [f[key] for f in layers.values()] for key in ("trust_ratio", "local_lr")}
+            tagged |= {f"{tag_of(figure)}/{name}": value for figure, value in figures.items() if figure != "weight_decay"}
+        over_layers = {
+            f"Layers/{key}": [f[key] for f in layers.values() if key in f] for key in ("trust_ratio", "local_lr")
+        }
         reporter.histograms(over_layers, num_samples)
     reporter.scalars(tagged, num_samples)
+
+
+def tag_of(figure: str) -> str:
+    """ "trust_ratio" -> "TrustRatio", "local_lr" -> "LocalLR"."""
+    return "".join(word.upper() if word == "lr" else word.capitalize() for word in figure.split("_"))
 
 
 def speed_name(task: Task) -> str:

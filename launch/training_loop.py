@@ -21,6 +21,7 @@ from largebatch.launch.task import Task
 from largebatch.launch.transfers import Download, uploaded
 from largebatch.models.batch_norm import GLOBAL
 from largebatch.optim.layerwise import LayerwiseOptimizer
+from largebatch.telemetry import LayerStats
 
 SECONDS_BETWEEN_POLLS = 2.0
 
@@ -202,12 +203,12 @@ class TrainingLoop:
             speed={speed_name(self.task): self.plan.global_batch / self.last_step_seconds},
         )
 
-    def _layers(self, step: int) -> list[tuple[tuple[str, ...], Download]] | None:
+    def _layers(self, step: int) -> list[tuple[LayerStats, Download]] | None:
         """Figures of the layers, on their way to the host, where this step is one whose are wanted."""
         optimizer = self.engine.basic_optimizer
         is_due = step % self.plan.section["layer_stats_every_steps"] == 0 or step in (1, self.plan.num_steps)
         if isinstance(optimizer, LayerwiseOptimizer) and is_due and self.rank == 0:
-            return [(stats.names, Download(stats.figures)) for stats in optimizer.layer_stats_on_device()]
+            return [(stats, Download(stats.figures)) for stats in optimizer.layer_stats_on_device()]
         return None
 
     def _evaluate(self, step: int) -> dict[str, float]:

@@ -13,7 +13,8 @@ class LayerStats(NamedTuple):
 
     Attributes:
         names: of the layers.
-        figures: [len(FIGURES), num_layers] fp64, on the device of the layers.
+        figures: [len(rows), num_layers] fp64, on the device of the layers.
+        rows: what the figures are; see ``Rule.figures`` in largebatch.rules.rule.
 
     - weight_norm, direction_norm: L2 norms of whole layers before the step; the direction is the gradient for LARS and
       the update for LAMB.
@@ -24,13 +25,12 @@ class LayerStats(NamedTuple):
 
     names: tuple[str, ...]
     figures: Tensor
-
-    FIGURES = ("weight_norm", "direction_norm", "trust_ratio", "local_lr", "weight_decay")
+    rows: tuple[str, ...] = ("weight_norm", "direction_norm", "trust_ratio", "local_lr", "weight_decay")
 
     def as_dict(self) -> dict[str, dict[str, float]]:
         """{layer name: {figure: value}} as Python floats. Waits for the device."""
-        columns = dict(zip(self.FIGURES, self.figures.tolist(), strict=True))
-        return {name: {f: columns[f][i] for f in self.FIGURES} for i, name in enumerate(self.names)}
+        columns = dict(zip(self.rows, self.figures.tolist(), strict=True))
+        return {name: {row: columns[row][i] for row in self.rows} for i, name in enumerate(self.names)}
 
 
 def merged(parts: Iterable[LayerStats]) -> dict[str, dict[str, float]]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from largebatch.kernels.interface import LayerFigures, Segments, uploaded
+from largebatch.kernels.interface import Before, LayerFigures, Segments, uploaded
 from largebatch.kernels.reference import ReferenceKernels
 from largebatch.rules.lamb import LAMB
 
@@ -62,7 +62,7 @@ class ApexKernels(ReferenceKernels):
     def __init__(self, applier: Any, functors: Any):
         self.applier, self.functors = applier, functors
 
-    def accumulate_(self, segments: Segments, *, grad_scale: Tensor | None) -> Tensor:
+    def accumulate_(self, segments: Segments, *, grad_scale: Tensor | None, before: Before | None = None) -> Tensor:
         raise UnsuitableError(
             "kernels 'apex' cannot do this step: its layers have parts on other ranks, or on other devices, and apex does "
             "norm and step at once. Use 'triton' or 'auto'"
@@ -83,8 +83,7 @@ class ApexKernels(ReferenceKernels):
             one = torch.ones((), device=device)
             is_finite, scale, *steps = self.read(are_finite, one if grad_scale is None else grad_scale, *segments.steps)
             if not is_finite or math.isnan(scale):
-                nothing = torch.zeros(num_layers, dtype=torch.bool, device=device)
-                return LayerFigures.of(*figures[:2], figures[2].float(), figures[3], nothing, lr=segments.lr)
+                return self.figures(segments, figures, torch.zeros(num_layers, dtype=torch.bool, device=device))
             if scale > 1.0:  # apex's clip only makes gradients smaller
                 torch._foreach_mul_(grads, scale)
                 scale = 1.0
@@ -95,8 +94,13 @@ class ApexKernels(ReferenceKernels):
             figures[1].index_copy_(0, places, self.norms(grads).double())  # where apex has left the updates
             adapted = uploaded(segments.are_adapted, torch.bool, device) & (figures[0] > 0) & (figures[1] > 0)
             figures[2] = torch.where(adapted, (figures[0].float() / figures[1].float()).double(), 1.0)
-        everything = torch.ones(num_layers, dtype=torch.bool, device=device)
-        return LayerFigures.of(*figures[:2], figures[2].float(), figures[3], everything, lr=segments.lr)
+        return self.figures(segments, figures, torch.ones(num_layers, dtype=torch.bool, device=device))
+
+    def figures(self, segments: Segments, found: Tensor, is_finite: Tensor) -> LayerFigures:
+        """Of [4, num_layers] fp64: weight norm, norm of the update, trust ratio, weight decay."""
+        weight_norm, update_norm, ratio, decay = found
+        local_lr = (segments.lr * ratio.float()).double()
+        return LayerFigures(torch.stack((weight_norm, update_norm, ratio, local_lr, decay)), is_finite)
 
     def norms(self, tensors: list[Tensor]) -> Tensor:
         """[len(tensors)] fp32 L2 norms."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from largebatch.kernels.build import cpu_kernels
-from largebatch.kernels.interface import ALGORITHMS, LayerFigures, Segments
+from largebatch.kernels.interface import ALGORITHMS, Before, Decisions, LayerFigures, Segments
 from largebatch.rules.rule import Rule
 
 
@@ -55,23 +55,24 @@ class CppKernels:
     def count_(self, segments: Segments) -> None:
         plan_of(self.module, segments).count()
 
-    def accumulate_(self, segments: Segments, *, grad_scale: Tensor | None) -> Tensor:
+    def sums_before(self, segments: Segments, *, grad_scale: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def accumulate_(self, segments: Segments, *, grad_scale: Tensor | None, before: Before | None = None) -> Tensor:
         with FlatPlan(self.module, segments) as plan:
             return plan.accumulate(segments.grads, as_float(grad_scale))
 
-    def advance_(
-        self,
-        segments: Segments,
-        *,
-        grad_scale: Tensor | None,
-        ratios: Tensor,
-        weight_decays: Tensor,
-        shrinkage: Tensor | None,
-        is_finite: Tensor,
-    ) -> None:
+    def advance_(self, segments: Segments, *, grad_scale: Tensor | None, decisions: Decisions) -> None:
         with FlatPlan(self.module, segments) as plan:
-            lr = float(segments.lr)
-            plan.advance(segments.grads, as_float(grad_scale), lr, ratios, weight_decays, shrinkage, is_finite)
+            plan.advance(
+                segments.grads,
+                as_float(grad_scale),
+                float(segments.lr),
+                decisions.ratios,
+                decisions.weight_decays,
+                decisions.shrinkage,
+                decisions.is_finite,
+            )
 
     def step_(self, segments: Segments, *, grad_scale: Tensor | None) -> LayerFigures:
         with FlatPlan(self.module, segments) as plan:

@@ -1,7 +1,8 @@
 """What a kernel backend offers to the step loop.
 
 A step is ``accumulate_``, one all-reduce of its sums by the caller, trust ratios, ``advance_``; or ``step_``, which is
-all of it where no layer is shared with other ranks. Values that are not finite are never written: an element whose
+all of it where no layer is shared with other ranks. For rules with norms before, ``sums_before`` and another all-reduce come first.
+Values that are not finite are never written: an element whose
 new state would not be finite keeps the old one, and a layer that holds such an element keeps its weights.
 """
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from largebatch.rules.lamb import LAMB, NLAMB, NNLAMB
 from largebatch.rules.lars import LARS2017, LARS2019
-from largebatch.rules.rule import Rule
+from largebatch.rules.rule import Layers, Rule
 
 ALGORITHMS: dict[type, int] = {LARS2017: 0, LARS2019: 1, LAMB: 2, NLAMB: 3, NNLAMB: 4}
 """Number of each rule in the compiled kernels (csrc/passes.h, triton_rules.py)."""
@@ -88,6 +89,10 @@ class Segments:
     states: list[tuple[Tensor, ...]] = field(default_factory=list)
     steps: list[Tensor] = field(default_factory=list)
     """0-dim fp32 each, number of steps taken; empty if neither the rule nor the rounding counts steps."""
+    layer_states: list[Tensor] = field(default_factory=list)
+    """[layers of the tensor, len(rule.layer_state)] fp64 each, for the rows of :attr:`rows` in their order; empty if there are none."""
+    rows: list[int] = field(default_factory=list)
+    """[num_tensors] how many rows of the [num_layers, ...] tensors are each tensor's: the first ones, the next ones, ..."""
     spans: list[Span] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
     """[num_layers] 32-bit, of the stochastic rounding; the same for a layer wherever its parts lie."""
@@ -102,7 +107,7 @@ class Segments:
     num_changes: int = 0
     """How often the rule's options, the decays or who is adapted have changed: what is derived from them is out of date then."""
     stats: Tensor | None = None
-    """[len(LayerStats.FIGURES), num_layers] fp64 on the device, of the last step in which each layer moved; None before the
+    """[len(rule.figures()), num_layers] fp64 on the device, of the last step in which each layer moved; None before the
     first. Where a step may be captured in a CUDA graph, written in place."""
     prepared: dict[str, Any] = field(default_factory=dict)
     """What a backend has derived from the above and wants to find again in the next step."""
@@ -129,11 +134,43 @@ class Segments:
             yield span, tensors[0], tensors[1], tensors[2:]
 
 
+class Before(NamedTuple):
+    """What is known of whole layers before the state is renewed, for rules that declare it.
+
+    Attributes:
+        norms: [len(rule.norms_before), num_layers] compute dtype.
+        layer_state: [len(rule.layer_state), num_layers] compute dtype.
+        is_finite: [num_layers] bool; where it is False the layer's state stays as it is and its sums are NaN.
+    """
+
+    norms: Tensor
+    layer_state: Tensor
+    is_finite: Tensor
+
+
+class Decisions(NamedTuple):
+    """What the norms of whole layers have decided.
+
+    Attributes:
+        ratios: [len(rule.ratios), num_layers] compute dtype. Trust ratios, 1 for layers that are not adapted.
+        weight_decays: [num_layers] fp64. Coupled weight decay in force.
+        shrinkage: [num_layers] fp64. 1 - lr * decoupled weight decay; None if there is none.
+        is_finite: [num_layers] bool. Layers where it is False stay as they are.
+        before: None if the rule has neither norms before nor layer state.
+    """
+
+    ratios: Tensor
+    weight_decays: Tensor
+    shrinkage: Tensor | None
+    is_finite: Tensor
+    before: Before | None = None
+
+
 class LayerFigures(NamedTuple):
     """What a step found of its layers and did with them, on the segments' device.
 
     Attributes:
-        stats: [len(LayerStats.FIGURES), num_layers] fp64, the rows of largebatch.telemetry.LayerStats; or the segments' own
+        stats: [len(rule.figures()), num_layers] fp64, the rows of largebatch.telemetry.LayerStats; or the segments' own
             ``stats``, if the backend has written there itself.
         is_finite: [num_layers] bool; where False the layer's weights were left alone.
         have_all_moved: that is_finite is True everywhere; None where it is not known without waiting for the device.
@@ -144,20 +181,11 @@ class LayerFigures(NamedTuple):
     have_all_moved: bool | None = None
 
     @classmethod
-    def of(
-        cls,
-        weight_norm: Tensor,
-        direction_norm: Tensor,
-        trust_ratio: Tensor,
-        weight_decay: Tensor,
-        is_finite: Tensor,
-        *,
-        lr: float | Tensor,
-    ) -> LayerFigures:
-        """All [num_layers]: fp64 L2 norms of whole layers before the step; trust ratio in the compute dtype, 1 for layers
-        that are not adapted; fp64 coupled weight decay in force; is_finite as above."""
-        local_lr = (lr * trust_ratio).double()  # rounded as in the step
-        return cls(torch.stack((weight_norm, direction_norm, trust_ratio.double(), local_lr, weight_decay)), is_finite)
+    def of(cls, layers: Layers, decisions: Decisions) -> LayerFigures:
+        """The figures of a step that was taken with these; of the layer state its new values are in ``layers``."""
+        local_lr = (layers.lr * decisions.ratios[0]).double()  # rounded as in the step
+        rows = (layers.weight_norm, *layers.norms, *decisions.ratios.double(), local_lr, decisions.weight_decays)
+        return cls(torch.stack((*rows, *layers.norms_before, *layers.layer_state)), decisions.is_finite)
 
 
 class Kernels(Protocol):
@@ -187,36 +215,34 @@ class Kernels(Protocol):
         """
         ...
 
-    def accumulate_(self, segments: Segments, *, grad_scale: Tensor | None) -> Tensor:
-        """Renews the state if the rule accumulates, and sums the squares of the weights and of the direction.
+    def sums_before(self, segments: Segments, *, grad_scale: Tensor | None) -> Tensor:
+        """Sums the squares of what the rule wants the norms of before its state is renewed.
+
+        Args:
+            segments: read.
+
+        Returns:
+            [num_layers, len(rule.norms_before)] fp64, over what lies in these tensors.
+        """
+        ...
+
+    def accumulate_(self, segments: Segments, *, grad_scale: Tensor | None, before: Before | None = None) -> Tensor:
+        """Renews the state if the rule accumulates, and sums the squares of the weights and of the directions.
 
         Args:
             segments: ``states`` written in place, ``grads`` perhaps, if they may be overwritten; the rest read.
 
         Returns:
-            [num_layers, 2] fp64: column 0 the weights, column 1 the direction, over what lies in these tensors; NaN or
-            inf in column 1 of layers with an element that is not finite.
+            [num_layers, 1 + len(rule.norms)] fp64: column 0 the weights, then the directions, over what lies in these tensors;
+            NaN or inf in the directions' columns of layers with an element that is not finite.
         """
         ...
 
-    def advance_(
-        self,
-        segments: Segments,
-        *,
-        grad_scale: Tensor | None,
-        ratios: Tensor,
-        weight_decays: Tensor,
-        shrinkage: Tensor | None,
-        is_finite: Tensor,
-    ) -> None:
-        """Writes the new weights, and the state that depends on the ratio, in place.
+    def advance_(self, segments: Segments, *, grad_scale: Tensor | None, decisions: Decisions) -> None:
+        """Writes the new weights, and the state that depends on the ratios, in place.
 
         Args:
             segments: ``weights`` and ``states`` written in place, ``grads`` read.
-            ratios: [num_layers] compute dtype, read. Trust ratios, 1 for layers that are not adapted.
-            weight_decays: [num_layers] fp64, read. Coupled weight decay in force.
-            shrinkage: [num_layers] fp64, read. 1 - lr * decoupled weight decay; None if there is none.
-            is_finite: [num_layers] bool, read. Layers where it is False stay as they are.
         """
         ...
 

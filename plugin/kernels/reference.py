@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from largebatch.kernels.interface import Segments, Span
+from largebatch.kernels.interface import Before, Decisions, Segments, Span
 from largebatch.kernels.rounding import random_bits, rounded_to_bf16
+from largebatch.rules.rule import Part
 
 # fp64 copies are made of at most this many elements at a time (8 MB), so that a step needs no full-size temporary
 SUM_BLOCK = 1 << 20
@@ -38,54 +41,67 @@ class ReferenceKernels:
     def grad_square_sum(self, segments: Segments) -> Tensor:
         return torch.stack([square_sum(grad) for grad in segments.grads]).sum()
 
-    def accumulate_(self, segments: Segments, *, grad_scale: Tensor | None) -> Tensor:
-        rule, dtype = segments.rule, segments.dtype
-        sums = torch.zeros(segments.num_layers, 2, dtype=torch.float64, device=segments.device)
-        for span, weight, grad, states in segments.pieces():
-            weight, grad, weight_decay = weight.to(dtype), scaled(grad, dtype, grad_scale), at(segments, span)
-            fresh = rule.accumulate(weight, grad, in_dtype(states, dtype), weight_decay=weight_decay)
-            is_finite = all_finite(*fresh)
-            if rule.accumulates:
-                for i, (old, new) in enumerate(zip(states, fresh, strict=True)):
-                    store_(old, new, is_finite, segments, span, i)
-            direction = rule.direction(
-                weight, grad, in_dtype(states, dtype), step=step_number(segments, span), weight_decay=weight_decay
-            )
-            sums[span.row, 0] = square_sum(weight)
-            sums[span.row, 1] = square_sum(torch.where(is_finite, direction, torch.nan))
+    def sums_before(self, segments: Segments, *, grad_scale: Tensor | None) -> Tensor:
+        rule = segments.rule
+        sums = torch.zeros(segments.num_layers, len(rule.norms_before), dtype=torch.float64, device=segments.device)
+        for span, part, _, _ in parts(segments, grad_scale, None):
+            for column, vector in enumerate(rule.vectors_before(part)):
+                sums[span.row, column] = square_sum(vector)
         return sums
 
-    def advance_(
-        self,
-        segments: Segments,
-        *,
-        grad_scale: Tensor | None,
-        ratios: Tensor,
-        weight_decays: Tensor,
-        shrinkage: Tensor | None,
-        is_finite: Tensor,
-    ) -> None:
+    def accumulate_(self, segments: Segments, *, grad_scale: Tensor | None, before: Before | None = None) -> Tensor:
+        rule = segments.rule
+        shape = (segments.num_layers, 1 + len(rule.norms))
+        sums = torch.zeros(shape, dtype=torch.float64, device=segments.device)
+        for span, part, _, states in parts(segments, grad_scale, before):
+            fresh = rule.accumulate(part)
+            is_finite = all_finite(part.grad, *fresh) if rule.accumulates() else torch.isfinite(part.grad)
+            if before is not None:
+                is_finite = is_finite & before.is_finite[span.row]
+            if rule.accumulates():
+                for i, (old, new) in enumerate(zip(states, fresh, strict=True)):
+                    store_(old, new, is_finite, segments, span, i)
+                part = part._replace(state=in_dtype(states, segments.dtype))
+            sums[span.row, 0] = square_sum(part.weight)
+            for column, direction in enumerate(rule.directions(part), start=1):
+                sums[span.row, column] = square_sum(torch.where(is_finite, direction, torch.nan))
+        return sums
+
+    def advance_(self, segments: Segments, *, grad_scale: Tensor | None, decisions: Decisions) -> None:
         rule, dtype = segments.rule, segments.dtype
-        for span, weight, grad, states in segments.pieces():
-            old_weight = weight.to(dtype)
-            new_weight, new_states = rule.advance(
-                old_weight if shrinkage is None else old_weight * shrinkage[span.row],
-                scaled(grad, dtype, grad_scale),
-                in_dtype(states, dtype),
-                lr=segments.lr,
-                ratio=ratios[span.row],
-                step=step_number(segments, span),
-                weight_decay=weight_decays[span.row],
-            )
-            is_written = is_finite[span.row] & all_finite(new_weight, *new_states)
+        for span, part, weight, states in parts(segments, grad_scale, decisions.before):
+            row, old_weight = span.row, part.weight
+            if decisions.shrinkage is not None:
+                part = part._replace(weight=old_weight * decisions.shrinkage[row])
+            part = part._replace(weight_decay=decisions.weight_decays[row])
+            new_weight, new_states = rule.advance(part, lr=segments.lr, ratios=tuple(decisions.ratios[:, row]))
+            is_written = decisions.is_finite[row] & all_finite(new_weight, *new_states)
             weight.copy_(torch.where(is_written, new_weight, old_weight))
-            if not rule.accumulates:
+            if new_states is not part.state:
                 for i, (old, new) in enumerate(zip(states, new_states, strict=True)):
                     store_(old, new, is_written, segments, span, i)
 
     def count_(self, segments: Segments) -> None:
         if segments.steps:
             torch._foreach_add_(segments.steps, 1.0)
+
+
+def parts(
+    segments: Segments, grad_scale: Tensor | None, before: Before | None
+) -> Iterator[tuple[Span, Part, Tensor, tuple[Tensor, ...]]]:
+    """(span, what the rule sees of it, weight, states) of each span; the last two are views, to be written."""
+    dtype = segments.dtype
+    for span, weight, grad, states in segments.pieces():
+        part = Part(
+            weight.to(dtype),
+            scaled(grad, dtype, grad_scale),
+            in_dtype(states, dtype),
+            step_number(segments, span),
+            segments.weight_decays[span.row],
+            () if before is None else tuple(before.norms[:, span.row]),
+            () if before is None else tuple(before.layer_state[:, span.row]),
+        )
+        yield span, part, weight, states
 
 
 def scaled(grad: Tensor, dtype: torch.dtype, grad_scale: Tensor | None) -> Tensor:
@@ -96,10 +112,6 @@ def scaled(grad: Tensor, dtype: torch.dtype, grad_scale: Tensor | None) -> Tenso
 
 def in_dtype(states: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
     return tuple(state.to(dtype) for state in states)
-
-
-def at(segments: Segments, span: Span) -> float:
-    return segments.weight_decays[span.row]
 
 
 def step_number(segments: Segments, span: Span) -> float | Tensor:

@@ -17,7 +17,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from largebatch.kernels.interface import ALGORITHMS, LayerFigures, Segments, upload_, uploaded
+from largebatch.kernels.interface import ALGORITHMS, Before, Decisions, LayerFigures, Segments, upload_, uploaded
 from largebatch.kernels.triton_kernels import (
     BLOCK_NUMEL,
     CHUNK_NUMEL,
@@ -29,7 +29,6 @@ from largebatch.kernels.triton_kernels import (
     square_kernel,
 )
 from largebatch.rules.rule import Rule
-from largebatch.telemetry import LayerStats
 
 logger = logging.getLogger("largebatch")
 
@@ -187,31 +186,26 @@ class TritonKernels:
             )
             return sums.sum()
 
-    def accumulate_(self, segments: Segments, *, grad_scale: Tensor | None) -> Tensor:
+    def sums_before(self, segments: Segments, *, grad_scale: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def accumulate_(self, segments: Segments, *, grad_scale: Tensor | None, before: Before | None = None) -> Tensor:
         with FlatTensors(segments, self.tables(segments)) as flat:
             self.first(segments, flat, grad_scale)
         sums = torch.empty(segments.num_layers, 2, dtype=torch.float64, device=segments.device)
         self.reduce(segments, flat.tables, sums, decides=False)
         return sums
 
-    def advance_(
-        self,
-        segments: Segments,
-        *,
-        grad_scale: Tensor | None,
-        ratios: Tensor,
-        weight_decays: Tensor,
-        shrinkage: Tensor | None,
-        is_finite: Tensor,
-    ) -> None:
-        shrinkage = torch.ones_like(weight_decays) if shrinkage is None else shrinkage
-        decisions = torch.stack([ratios.double(), weight_decays, shrinkage])
+    def advance_(self, segments: Segments, *, grad_scale: Tensor | None, decisions: Decisions) -> None:
+        (ratios,), decay, shrinkage = decisions.ratios, decisions.weight_decays, decisions.shrinkage
+        shrinkage = torch.ones_like(decay) if shrinkage is None else shrinkage
+        decided = torch.stack([ratios.double(), decay, shrinkage])
         with FlatTensors(segments, self.tables(segments)) as flat:
-            self.second(segments, flat, grad_scale, decisions, is_finite)
+            self.second(segments, flat, grad_scale, decided, decisions.is_finite)
 
     def step_(self, segments: Segments, *, grad_scale: Tensor | None) -> LayerFigures:
         if segments.stats is None:
-            shape = (len(LayerStats.FIGURES), segments.num_layers)
+            shape = (len(segments.rule.figures()), segments.num_layers)
             segments.stats = torch.full(shape, torch.nan, dtype=torch.float64, device=segments.device)
         with FlatTensors(segments, self.tables(segments)) as flat:
             tables = flat.tables

@@ -1,4 +1,4 @@
-"""Sums over a rank's segments -> sums over whole layers: one collective a step."""
+"""Sums over a rank's segments -> sums over whole layers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ def all_reduce_sums_(sums: Tensor, process_group: dist.ProcessGroup | None) -> T
     """Adds the sums of all ranks of the partition group, in place where it can; every rank gets the same bits.
 
     Args:
-        sums: [num_layers, 2] fp64. A rank that owns nothing of a layer passes 0.
+        sums: fp64. A rank that owns nothing of a layer passes 0.
         process_group: the ranks among which the layers are partitioned; None if they are not.
 
     Returns:
-        [num_layers, 2] fp64 on the device of ``sums``. No collective is called in a group of one rank.
+        fp64, as ``sums``, on its device. No collective is called in a group of one rank.
     """
     if process_group is None or dist.get_world_size(process_group) == 1:
         return sums

@@ -35,10 +35,10 @@ from largebatch.optim.plan import GroupPlan, plan_group
 from largebatch.optim.state import (
     check_is_own,
     check_same_meaning,
+    dtype_of,
     fill_state,
     has_checkpoint_names,
     new_states,
-    state_dtype_of,
     with_checkpoint_names,
     with_own_names,
 )
@@ -257,14 +257,24 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         if are_local and all(call.kernels.is_fused for call in calls):
             figures = [call.step_(grad_scale) for call in calls]
         else:
+            self._prepare(calls, grad_scale)
             sums = sums_over_ranks(calls, [call.sums(grad_scale) for call in calls])
             figures = [call.advance_(s, grad_scale=grad_scale) for call, s in zip(calls, sums, strict=True)]
         for call, call_figures in zip(calls, figures, strict=True):
             call.keep(call_figures)
             # the latest goes to the end, so that a layer's older figures under another sorting are overruled
             self._stats.pop(call.names, None)
-            self._stats[call.names] = LayerStats(call.names, call.segments.stats)
+            self._stats[call.names] = LayerStats(call.names, call.segments.stats, call.segments.rule.figures())
         self._count_step(calls, figures)
+
+    def _prepare(self, calls: list[Call], grad_scale: Tensor | None) -> None:
+        """Finds what some rules have to know of whole layers before their state is renewed."""
+        calls = [call for call in calls if call.needs_norms_before or call.segments.rule.layer_state]
+        with_norms = [call for call in calls if call.needs_norms_before]
+        sums = sums_over_ranks(with_norms, [call.sums_before(grad_scale) for call in with_norms])
+        of_call = dict(zip(map(id, with_norms), sums, strict=True))
+        for call in calls:
+            call.decide_before(of_call.get(id(call)))
 
     def _keep_what_is_captured(self, calls: list[Call]) -> None:
         """A CUDA graph reads the calls' tables at every replay, also when this optimizer has planned anew since."""
@@ -315,9 +325,10 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
                 continue
             if local_part(tensor.grad).layout is not torch.strided:
                 raise RuntimeError(f"{type(self).__name__} does not support sparse gradients; use a dense embedding")
-            state = self._state_of(tensor, rule)
             layout = self._table.layout_of(tensor, layers[position])
-            if state[rule.elementwise_state[0]].dtype == torch.bfloat16 and self._table.is_cut_itself(tensor):
+            state = self._state_of(tensor, rule, len(layout.policies))
+            is_rounded = any(state[name].dtype == torch.bfloat16 for name in rule.elementwise_state)
+            if is_rounded and self._table.is_cut_itself(tensor):
                 raise RuntimeError(
                     "state_dtype is 'bf16' and a parameter is cut by tensor parallelism or FSDP; the random bits of the "
                     "rounding would depend on the cut. Set state_dtype to 'fp32'"
@@ -342,7 +353,8 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
             calls[key].add(position, tensor, state, layout, options)
         for call in calls.values():
             earlier = self._stats.get(call.names)
-            call.segments.stats = None if earlier is None else earlier.figures.to(call.segments.device)
+            is_alike = earlier is not None and earlier.rows == call.segments.rule.figures()
+            call.segments.stats = earlier.figures.to(call.segments.device) if is_alike else None
         return list(calls.values())
 
     def _grad_scale(self, calls: list[Call], found_inf: Tensor | None, are_local: bool) -> Tensor | None:
@@ -441,7 +453,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         return 0 if self._num_skipped_layers is None else int(self._num_skipped_layers)
 
     def layer_stats(self) -> dict[str, dict[str, float]]:
-        """{layer name: {weight_norm, direction_norm, trust_ratio, local_lr, weight_decay}} of the last step.
+        """{layer name: {weight_norm, direction_norm, trust_ratio, local_lr, weight_decay}} of the last step; a rule may have more.
 
         Waits for the device. Complete on every rank, whatever the sharding. Empty before the first step.
         """
@@ -449,7 +461,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
 
     def layer_stats_on_device(self) -> list[LayerStats]:
         """What :meth:`layer_stats` shows, copied on the device without waiting for it; for :func:`telemetry.merged` later."""
-        return [LayerStats(stats.names, stats.figures.clone()) for stats in self._stats.values()]
+        return [stats._replace(figures=stats.figures.clone()) for stats in self._stats.values()]
 
     # --- engines ----------------------------------------------------------------------------------------------------
 
@@ -495,17 +507,21 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
 
     # --- state ------------------------------------------------------------------------------------------------------
 
-    def _state_of(self, tensor: Tensor, rule: Rule) -> dict[str, Tensor]:
+    def _state_of(self, tensor: Tensor, rule: Rule, num_layers: int | None = None) -> dict[str, Tensor]:
         state = self.state[tensor]
         if has_checkpoint_names(state, self.checkpoint_names):  # an engine has put a checkpoint's state here
             self.state[tensor] = state = with_own_names(state, self.checkpoint_names)
-        fill_state(state, tensor, rule, self.state_dtype)
+        fill_state(state, tensor, rule, self.state_dtype, num_layers)
         return state
 
-    def allocate_state(self, tensor: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        """The state of a tensor that step() will see, made if it is not there; for whoever fills it in from elsewhere."""
+    def allocate_state(self, tensor: Tensor, group: dict[str, Any], num_layers: int) -> dict[str, Tensor]:
+        """The state of a tensor that step() will see, made if it is not there; for whoever fills it in from elsewhere.
+
+        Args:
+            num_layers: in the tensor.
+        """
         self._plans = {}
-        return self._state_of(tensor, self.make_rule(self._group_options(group)))
+        return self._state_of(tensor, self.make_rule(self._group_options(group)), num_layers)
 
     def state_dict(self) -> dict[str, Any]:
         """See torch.optim.Optimizer. Under a sharded engine, with the state names that its converters know."""
@@ -566,7 +582,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         for saved_id, tensor in zip(saved_ids, tensors, strict=True):
             for name, value in state_dict["state"].get(saved_id, {}).items():
                 if isinstance(value, Tensor):
-                    dtype = torch.float32 if name == "step" else state_dtype_of(tensor, self.state_dtype)
+                    dtype = dtype_of(name, tensor, self.state_dtype)
                     self.state[tensor][name] = value.to(tensor.device, dtype, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:

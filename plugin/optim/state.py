@@ -14,20 +14,34 @@ STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Legal values of the optimizers' ``state_dtype`` argument. fp64 parameters have fp64 state, whatever it says."""
 
 
+LAYER_STATE = "layer_state"
+"""Name of what is kept of each layer: [layers of the tensor, len(rule.layer_state)] fp64."""
+
+
 def state_dtype_of(tensor: Tensor, requested: str) -> torch.dtype:
     """dtype of the elementwise state of a tensor."""
     return torch.float64 if tensor.dtype == torch.float64 else STATE_DTYPES[requested]
 
 
+def dtype_of(name: str, tensor: Tensor, requested: str) -> torch.dtype:
+    """Of the state with that name."""
+    return {"step": torch.float32, LAYER_STATE: torch.float64}.get(name) or state_dtype_of(tensor, requested)
+
+
 def needs_step(rule: Rule, dtype: torch.dtype) -> bool:
     """Whether state of this dtype has a step count: the rule's, or the one that stochastic rounding draws from."""
-    return rule.counts_steps or dtype == torch.bfloat16
+    return rule.counts_steps or (dtype == torch.bfloat16 and bool(rule.elementwise_state))
 
 
-def fill_state(state: dict[str, Tensor], tensor: Tensor, rule: Rule, requested_dtype: str) -> None:
+def fill_state(
+    state: dict[str, Tensor], tensor: Tensor, rule: Rule, requested_dtype: str, num_layers: int | None = 1
+) -> None:
     """Adds what the rule needs and the state lacks: zeros, laid out like the tensor; and a step count of its own.
 
     The count is changed in place, and an engine may have loaded one tensor into several states.
+
+    Args:
+        num_layers: in the tensor; None while that is not known, and the layers' own state is not made.
     """
     dtype = state_dtype_of(tensor, requested_dtype)
     if needs_step(rule, dtype):
@@ -44,6 +58,15 @@ def fill_state(state: dict[str, Tensor], tensor: Tensor, rule: Rule, requested_d
             state[name] = torch.zeros_like(tensor, dtype=dtype, memory_format=torch.preserve_format)
         elif state[name].dtype != dtype:
             state[name] = state[name].to(dtype)
+    if rule.layer_state and num_layers is not None:
+        shape, found = (num_layers, len(rule.layer_state)), state.get(LAYER_STATE)
+        if found is None:
+            state[LAYER_STATE] = torch.zeros(shape, dtype=torch.float64, device=tensor.device)
+        elif found.shape != shape:
+            raise ValueError(
+                f"the loaded {LAYER_STATE} has shape {tuple(found.shape)}; expected {shape}, a row for each layer in the tensor. "
+                "It was saved at another layout; load it by the engine's load_checkpoint"
+            )
 
 
 def new_states(tensors: Sequence[Tensor], rule: Rule, requested_dtype: str) -> list[dict[str, Tensor]]:
@@ -67,7 +90,7 @@ def new_states(tensors: Sequence[Tensor], rule: Rule, requested_dtype: str) -> l
                 dtype = state[name].dtype
                 state[name] = torch.zeros_like(tensor, dtype=dtype, memory_format=torch.preserve_format)
     for tensor, state in zip(tensors, states, strict=True):
-        fill_state(state, tensor, rule, requested_dtype)
+        fill_state(state, tensor, rule, requested_dtype, None)
     return states
 
 

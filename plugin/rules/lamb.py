@@ -36,6 +36,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from largebatch.rules.rule import Layers, Part, Rule
 from largebatch.rules.trust_ratio import guarded_ratio, phi
 
 
@@ -45,13 +46,12 @@ def square_root(value):
 
 
 @dataclass(frozen=True)
-class LAMB:
+class LAMB(Rule):
     """Algorithm 2 of arXiv:1904.00962. The arguments are those of :class:`largebatch.LAMB`."""
 
     name: ClassVar[str] = "lamb"
     elementwise_state: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
     counts_steps: ClassVar[bool] = True
-    accumulates: ClassVar[bool] = True
 
     betas: tuple[float, float]
     eps: float
@@ -59,11 +59,11 @@ class LAMB:
     weight_norm_bounds: tuple[float, float] | None
     trust_ratio_bounds: tuple[float, float] | None
 
-    def accumulate(self, weight: Tensor, grad: Tensor, state: tuple[Tensor, ...], *, weight_decay):
+    def accumulate(self, part: Part) -> tuple[Tensor, ...]:
         """m <- beta1 m + (1 - beta1) g;  v <- beta2 v + (1 - beta2) g^2."""
-        exp_avg, exp_avg_sq = state
+        exp_avg, exp_avg_sq = part.state
         beta1, beta2 = self.betas
-        return beta1 * exp_avg + (1 - beta1) * grad, beta2 * exp_avg_sq + (1 - beta2) * grad.square()
+        return beta1 * exp_avg + (1 - beta1) * part.grad, beta2 * exp_avg_sq + (1 - beta2) * part.grad.square()
 
     def bias_corrected(self, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, *, step) -> tuple[Tensor, Tensor]:
         """m^ = m / (1 - beta1^t);  v^ = v / (1 - beta2^t)."""
@@ -76,31 +76,26 @@ class LAMB:
         """r + lambda x, where r = m^ / (sqrt(v^) + epsilon)."""
         return m_hat / (v_hat.sqrt() + self.eps) + weight_decay * weight
 
-    def direction(
-        self, weight: Tensor, grad: Tensor, state: tuple[Tensor, ...], *, step, weight_decay: float
-    ) -> Tensor:
-        m_hat, v_hat = self.bias_corrected(*state, grad, step=step)
-        return self.update(weight, m_hat, v_hat, weight_decay=weight_decay)
+    def directions(self, part: Part) -> tuple[Tensor, ...]:
+        m_hat, v_hat = self.bias_corrected(*part.state, part.grad, step=part.step)
+        return (self.update(part.weight, m_hat, v_hat, weight_decay=part.weight_decay),)
 
-    def trust_ratio(self, weight_norm: Tensor, update_norm: Tensor, *, lr, weight_decay: Tensor) -> Tensor:
+    def trust_ratio(self, layers: Layers) -> tuple[Tensor, ...]:
         # phi(||x||) / ||r + lambda x||
-        return guarded_ratio(
-            phi(weight_norm, self.weight_norm_bounds),
+        (update_norm,) = layers.norms
+        ratio = guarded_ratio(
+            phi(layers.weight_norm, self.weight_norm_bounds),
             update_norm,
-            weight_norm=weight_norm,
+            weight_norm=layers.weight_norm,
             step_norm=update_norm,
             bounds=self.trust_ratio_bounds,
         )
+        return (ratio,)
 
-    def weight_decay_in_force(self, weight_norm: Tensor, update_norm: Tensor, weight_decay: Tensor) -> Tensor:
-        return weight_decay
-
-    def advance(
-        self, weight: Tensor, grad: Tensor, state: tuple[Tensor, ...], *, lr, ratio: Tensor, step, weight_decay
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        update = self.direction(weight, grad, state, step=step, weight_decay=weight_decay)
+    def advance(self, part: Part, *, lr, ratios: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        (update,), (ratio,) = self.directions(part), ratios
         # x <- x - eta_t phi(||x||) / ||r + lambda x|| (r + lambda x)
-        return weight - self.corrected_lr(lr, step) * ratio * update, state
+        return part.weight - self.corrected_lr(lr, part.step) * ratio * update, part.state
 
     def corrected_lr(self, lr, step):
         """eta_t, or DeepSpeed's folding of both bias corrections into it."""

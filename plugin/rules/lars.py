@@ -36,17 +36,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from largebatch.rules.rule import Layers, Part, Rule
 from largebatch.rules.trust_ratio import guarded_ratio, phi
 
 
 @dataclass(frozen=True)
-class LARS2017:
+class LARS2017(Rule):
     """Algorithm 1 of arXiv:1708.03888. The arguments are those of :class:`largebatch.LARS`."""
 
     name: ClassVar[str] = "lars"
     elementwise_state: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
-    counts_steps: ClassVar[bool] = False
-    accumulates: ClassVar[bool] = False
 
     momentum: float
     trust_coefficient: float
@@ -60,17 +59,13 @@ class LARS2017:
     weight_norm_bounds: tuple[float, float] | None
     trust_ratio_bounds: tuple[float, float] | None
 
-    def accumulate(self, weight: Tensor, grad: Tensor, state: tuple[Tensor, ...], *, weight_decay):
-        return state  # lambda is inside v
+    def directions(self, part: Part) -> tuple[Tensor, ...]:
+        return (part.grad,)
 
-    def direction(
-        self, weight: Tensor, grad: Tensor, state: tuple[Tensor, ...], *, step, weight_decay: float
-    ) -> Tensor:
-        return grad
-
-    def trust_ratio(self, weight_norm: Tensor, grad_norm: Tensor, *, lr, weight_decay: Tensor) -> Tensor:
+    def trust_ratio(self, layers: Layers) -> tuple[Tensor, ...]:
         # lambda = eta ||w|| / (||g|| + beta ||w||)
-        decayed = weight_decay * weight_norm if self.decay_in_ratio else 0.0
+        weight_norm, (grad_norm,) = layers.weight_norm, layers.norms
+        decayed = layers.weight_decay * weight_norm if self.decay_in_ratio else 0.0
         coefficient = self.trust_coefficient * ((1 - self.momentum) if self.damp_ratio_by_momentum else 1.0)
         ratio = guarded_ratio(
             coefficient * phi(weight_norm, self.weight_norm_bounds),
@@ -80,32 +75,31 @@ class LARS2017:
             bounds=self.trust_ratio_bounds,
         )
         if self.larc_clip:  # gamma lambda <- min(gamma, lambda)
-            clipped = torch.where(ratio < lr, ratio / lr, 1.0)
+            clipped = torch.where(ratio < layers.lr, ratio / layers.lr, 1.0)
             if self.skip_zero_norm_layers:
                 clipped = torch.where((weight_norm > 0) & (grad_norm > 0), clipped, 1.0)
             ratio = clipped
-        return ratio
+        return (ratio,)
 
-    def weight_decay_in_force(self, weight_norm: Tensor, grad_norm: Tensor, weight_decay: Tensor) -> Tensor:
+    def weight_decay_in_force(self, layers: Layers) -> Tensor:
         if not self.skip_zero_norm_layers:
-            return weight_decay
-        return torch.where((weight_norm > 0) & (grad_norm > 0), weight_decay, 0.0)
+            return layers.weight_decay
+        (grad_norm,) = layers.norms
+        return torch.where((layers.weight_norm > 0) & (grad_norm > 0), layers.weight_decay, 0.0)
 
-    def advance(
-        self, weight: Tensor, grad: Tensor, state: tuple[Tensor, ...], *, lr, ratio: Tensor, step, weight_decay
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        (momentum_buffer,) = state
+    def advance(self, part: Part, *, lr, ratios: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        (momentum_buffer,), (ratio,) = part.state, ratios
         inside, outside = (lr * ratio, 1.0) if self.lr_in_momentum else (ratio, lr)
         # v <- m v + gamma lambda (g + beta w)
-        fresh = inside * (grad + weight_decay * weight)
+        fresh = inside * (part.grad + part.weight_decay * part.weight)
         momentum_buffer = self.momentum * momentum_buffer + fresh
         update = fresh + self.momentum * momentum_buffer if self.nesterov else momentum_buffer
         # w <- w - v
-        return weight - outside * update, (momentum_buffer,)
+        return part.weight - outside * update, (momentum_buffer,)
 
 
 @dataclass(frozen=True)
-class LARS2019:
+class LARS2019(Rule):
     """Algorithm 1 of arXiv:1904.00962: LARS as the LAMB paper restates it.
 
     m <- beta1 m + (1 - beta1) (g + lambda x);  x <- x - eta phi(||x||) / ||m|| m. Here beta1 is ``momentum`` and
@@ -114,39 +108,33 @@ class LARS2019:
 
     name: ClassVar[str] = "lars2019"
     elementwise_state: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
-    counts_steps: ClassVar[bool] = False
-    accumulates: ClassVar[bool] = True
 
     momentum: float
     eps: float
     weight_norm_bounds: tuple[float, float] | None
     trust_ratio_bounds: tuple[float, float] | None
 
-    def accumulate(self, weight: Tensor, grad: Tensor, state: tuple[Tensor, ...], *, weight_decay):
+    def accumulate(self, part: Part) -> tuple[Tensor, ...]:
         """m <- beta1 m + (1 - beta1) (g + lambda x)."""
-        (momentum_buffer,) = state
-        return (self.momentum * momentum_buffer + (1 - self.momentum) * (grad + weight_decay * weight),)
+        (momentum_buffer,) = part.state
+        fresh = part.grad + part.weight_decay * part.weight
+        return (self.momentum * momentum_buffer + (1 - self.momentum) * fresh,)
 
-    def direction(
-        self, weight: Tensor, grad: Tensor, state: tuple[Tensor, ...], *, step, weight_decay: float
-    ) -> Tensor:
-        return state[0]
+    def directions(self, part: Part) -> tuple[Tensor, ...]:
+        return part.state
 
-    def trust_ratio(self, weight_norm: Tensor, momentum_norm: Tensor, *, lr, weight_decay: Tensor) -> Tensor:
-        return guarded_ratio(
-            phi(weight_norm, self.weight_norm_bounds),
+    def trust_ratio(self, layers: Layers) -> tuple[Tensor, ...]:
+        (momentum_norm,) = layers.norms
+        ratio = guarded_ratio(
+            phi(layers.weight_norm, self.weight_norm_bounds),
             momentum_norm + self.eps,
-            weight_norm=weight_norm,
+            weight_norm=layers.weight_norm,
             step_norm=momentum_norm,
             bounds=self.trust_ratio_bounds,
         )
+        return (ratio,)
 
-    def weight_decay_in_force(self, weight_norm: Tensor, momentum_norm: Tensor, weight_decay: Tensor) -> Tensor:
-        return weight_decay
-
-    def advance(
-        self, weight: Tensor, grad: Tensor, state: tuple[Tensor, ...], *, lr, ratio: Tensor, step, weight_decay
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        (momentum_buffer,) = state
+    def advance(self, part: Part, *, lr, ratios: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        (momentum_buffer,), (ratio,) = part.state, ratios
         # x <- x - eta phi(||x||) / ||m|| m
-        return weight - lr * ratio * momentum_buffer, state
+        return part.weight - lr * ratio * momentum_buffer, part.state

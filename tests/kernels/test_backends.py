@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import largebatch
 from largebatch.kernels import dispatch
-from largebatch.kernels.interface import Segments, Span
+from largebatch.kernels.interface import Before, Decisions, Segments, Span
+from largebatch.rules.rule import Layers
 from support.backends import BACKENDS, OPTION_SETS, device_of, name_of, threads, using
 from support.problems import relative_error
 
@@ -273,19 +274,21 @@ def test_a_flat_partition_is_the_same_as_whole_parameters(backend, optimizer_cla
             call.weight_decays, call.decoupled_weight_decays = [0.01] * 4, [0.0] * 4
             call.are_adapted, call.seeds = [True] * 4, [0] * 4
             calls.append(call)
-        sums = sum(kernels.accumulate_(call, grad_scale=None) for call in calls)
+            call.rows = [4]
         decay = torch.full((4,), 0.01, dtype=torch.float64, device=device)
-        found = rule.trust_ratio(*sums.sqrt().unbind(1), lr=0.1, weight_decay=decay).float()
-        assert found.tolist() == ratios
+        before, norms_before = None, ()
+        if rule.norms_before:
+            norms_before = tuple(sum(kernels.sums_before(call, grad_scale=None) for call in calls).sqrt().unbind(1))
+            everywhere = torch.ones(4, dtype=torch.bool, device=device)
+            before = Before(torch.stack(norms_before).float(), decay.new_zeros(0, 4), everywhere)
+        sums = sum(kernels.accumulate_(call, grad_scale=None, before=before) for call in calls)
+        weight_norm, *norms = sums.sqrt().unbind(1)
+        layers = Layers(weight_norm, tuple(norms), norms_before, (), 0.1, decay, lambda: None)
+        found = torch.stack(rule.trust_ratio(layers)).float()
+        assert found[0].tolist() == ratios
+        decisions = Decisions(found, decay, None, torch.ones(4, dtype=torch.bool, device=device), before)
         for call in calls:
-            kernels.advance_(
-                call,
-                grad_scale=None,
-                ratios=found,
-                weight_decays=decay,
-                shrinkage=None,
-                is_finite=torch.ones(4, dtype=torch.bool, device=device),
-            )
+            kernels.advance_(call, grad_scale=None, decisions=decisions)
     together = torch.cat([call.weights[0] for call in calls])
     assert torch.equal(together, torch.cat([w.detach() for w in whole]))
 

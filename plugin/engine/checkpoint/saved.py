@@ -17,6 +17,7 @@ from torch import Tensor
 
 from largebatch.engine.checkpoint.layout import KEY, EngineLayout
 from largebatch.engine.wrappers import READERS, SavedOptimizer
+from largebatch.optim.state import LAYER_STATE
 
 MASTER = "master"
 """Name of the fp32 weights beside the names of the optimizer's state."""
@@ -47,7 +48,7 @@ class LayerState:
     Attributes:
         group: number of its param group in the checkpoint.
         elementwise: name -> dtype.
-        scalars: name -> number or 0-dim tensor, such as step.
+        scalars: name -> number or 0-dim tensor, such as step; LAYER_STATE -> 1-dim fp64, the layer's own.
     """
 
     group: int
@@ -113,9 +114,11 @@ class SavedCheckpoint:
         """
         found = {}
         for cut, master, state in zip(self.layout.cuts, saved.masters, self.states_of_tensors(saved), strict=True):
-            elementwise, scalars = {}, {}
+            elementwise, scalars, of_layers = {}, {}, None
             for name, value in state.items():
-                if is_elementwise(name, value, master, cut.cut.partition_numel):
+                if name == LAYER_STATE:
+                    of_layers = value
+                elif is_elementwise(name, value, master, cut.cut.partition_numel):
                     elementwise[name] = value.dtype
                 elif not isinstance(value, Tensor) or value.numel() == 1:
                     scalars[name] = value
@@ -125,8 +128,9 @@ class SavedCheckpoint:
                         f"{master.numel()} elements; expected state of one number an element, because anything else "
                         "cannot be cut anew. Resume at the layout that it was saved in"
                     )
-            for layer in cut.layers:
-                found[layer] = LayerState(cut.group, elementwise, scalars)
+            for i, layer in enumerate(cut.layers):
+                own = {} if of_layers is None else {LAYER_STATE: of_layers[i]}
+                found[layer] = LayerState(cut.group, elementwise, scalars | own)
         return found
 
     def pieces(self, shard: int) -> Iterator[Piece]:
@@ -203,6 +207,6 @@ def flat(tensor: Tensor) -> Tensor:
 
 def is_elementwise(name: str, value: Any, master: Tensor, numel: int) -> bool:
     """Whether a state has one number for each of the ``numel`` elements that its tensor has with its padding."""
-    if not isinstance(value, Tensor) or name == "step" or value.numel() != numel:
+    if not isinstance(value, Tensor) or name in ("step", LAYER_STATE) or value.numel() != numel:
         return False
     return value.dim() > 0 or master.dim() == 0

@@ -12,6 +12,7 @@ from torch import Tensor
 from largebatch.engine.checkpoint.saved import LayerState
 from largebatch.engine.wrappers import SteppedTensor
 from largebatch.optim.layerwise import LayerwiseOptimizer
+from largebatch.optim.state import LAYER_STATE
 
 logger = logging.getLogger("largebatch")
 
@@ -52,14 +53,18 @@ def scalars_of(layers: Sequence[LayerState], names: Sequence[str]) -> dict[str, 
     without = [n for n, s in zip(names, layers, strict=True) if not (s.elementwise or s.scalars)]
     if described and without:
         logger.info("%s had no gradient and no state; it begins with zeros", ", ".join(without[:4]))
-    for name in described[0].scalars if described else ():
+    found = dict(described[0].scalars) if described else {}
+    if LAYER_STATE in found:
+        nothing = torch.zeros_like(found[LAYER_STATE])
+        found[LAYER_STATE] = torch.stack([layer.scalars.get(LAYER_STATE, nothing) for layer in layers])
+    for name in found.keys() - {LAYER_STATE}:
         if len({float(layer.scalars[name]) for layer in described}) > 1:
             by_layer = [f"{n}: {float(s.scalars[name]):g}" for n, s in zip(names, layers, strict=True) if s.scalars]
             raise ValueError(
                 f"{name} differs between layers that lie in one partition here ({', '.join(by_layer[:4])}); it is one number "
                 "for each partition. Load at ZeRO stage 0"
             )
-    return described[0].scalars if described else {}
+    return found
 
 
 def make_state(
@@ -84,10 +89,13 @@ def make_state(
 def state_of_ours(
     optimizer: LayerwiseOptimizer, stepped: SteppedTensor, elementwise: dict[str, torch.dtype], scalars: dict[str, Any]
 ) -> dict[str, tuple[Tensor, str]]:
-    state = optimizer.allocate_state(stepped.tensor, optimizer.param_groups[stepped.group])
+    num_layers = len(stepped.partition.parameters)
+    state = optimizer.allocate_state(stepped.tensor, optimizer.param_groups[stepped.group], num_layers)
     if "step" in state:
         state["step"].fill_(float(scalars.get("step", 0)))
-    names = [name for name in state if name != "step"]
+    if LAYER_STATE in state:
+        state[LAYER_STATE].copy_(scalars[LAYER_STATE])
+    names = [name for name in state if name not in ("step", LAYER_STATE)]
     return {n: (state[n], n if n in elementwise else optimizer.checkpoint_names[n]) for n in names}
 
 
