@@ -80,7 +80,9 @@ def report_step(
         layers = merged(stats._replace(figures=figures.values()) for stats, figures in taken.layers)
         reporter.event("layers", step=step, layers=layers)
         for name, figures in layers.items():
-            tagged |= {f"{tag_of(figure)}/{name}": value for figure, value in figures.items() if figure != "weight_decay"}
+            tagged |= {
+                f"{tag_of(figure)}/{name}": value for figure, value in figures.items() if figure != "weight_decay"
+            }
         over_layers = {
             f"Layers/{key}": [f[key] for f in layers.values() if key in f] for key in ("trust_ratio", "local_lr")
         }

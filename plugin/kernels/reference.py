@@ -68,7 +68,7 @@ class ReferenceKernels:
         return sums
 
     def advance_(self, segments: Segments, *, grad_scale: Tensor | None, decisions: Decisions) -> None:
-        rule, dtype = segments.rule, segments.dtype
+        rule = segments.rule
         for span, part, weight, states in parts(segments, grad_scale, decisions.before):
             row, old_weight = span.row, part.weight
             if decisions.shrinkage is not None:
