@@ -3,8 +3,8 @@
     python benchmarks/versions.py --output DIR --report docs/results/versions.md   # every pair that DIR does not have yet
     python benchmarks/versions.py --output DIR --environments 0.16.9/2.6/3.10 --columns exact   # one, in minutes, as CI does
 
-`uv run` makes the environment of a pair from the package index and drops it when the tests end; what it has downloaded
-stays in uv's cache, several GB a torch (UV_CACHE_DIR names another place for it). setup.cfg's own limits
+uv makes the environment of a pair from the package index in a temporary folder, which goes when the tests end; what it has
+downloaded stays in uv's cache, several GB a torch (UV_CACHE_DIR names another place for it). setup.cfg's own limits
 hold, so a pair outside them fails to install, which is a row of the table, too. A line of JSON per pair and column goes to
 DIR/results.jsonl as soon as it is known; called again, only what is missing runs. Exit code 1 if any test failed.
 
@@ -86,24 +86,32 @@ ENVIRONMENTS = (
 )
 
 
-def run_tests(environment: Environment, column: str) -> dict[str, object]:
+def install(environment: Environment, folder: str) -> bool:
+    """Makes the environment in a folder; False if that fails."""
+    commands = (
+        ["uv", "venv", "--quiet", "--python", environment.python, folder],
+        ["uv", "pip", "install", "--quiet", "--compile-bytecode", "--python", folder, "--editable", ".", *environment.requirements],
+    )  # fmt: skip
+    print(f"{environment.name}: installing", flush=True)
+    return all(subprocess.run(command, cwd=ROOT, check=False).returncode == 0 for command in commands)
+
+
+def run_tests(environment: Environment, column: str, folder: str) -> dict[str, object]:
     """The line of results: counts of tests, or what kept them from running."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = pathlib.Path(folder, "report.xml")
-        packages = [word for requirement in environment.requirements for word in ("--with", requirement)]
-        command = [
-            "uv", "run", "--no-project", "--isolated", "--python", environment.python, "--with-editable", ".", *packages,
-            "python", "-m", "pytest", "-q", "--tb=short", f"--junitxml={report}", *COLUMNS[column],
-        ]  # fmt: skip
-        print(f"{environment.name}: {column}", flush=True)
-        line: dict[str, object] = {"environment": environment.name, "column": column}
-        try:
-            subprocess.run(command, cwd=ROOT, env=os.environ | {"DS_ACCELERATOR": "cpu"}, timeout=SECONDS, check=False)
-        except subprocess.TimeoutExpired:
-            return line | {"problem": f"no end after {SECONDS} s"}
-        if not report.exists():
-            return line | {"problem": "not installed or not started"}
-        return line | counts(report)
+    programs = pathlib.Path(folder, "bin")
+    variables = os.environ | {"DS_ACCELERATOR": "cpu", "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
+    report = pathlib.Path(folder, "report.xml")
+    report.unlink(missing_ok=True)
+    command = [programs / "python", "-m", "pytest", "-q", "--tb=short", f"--junitxml={report}", *COLUMNS[column]]
+    print(f"{environment.name}: {column}", flush=True)
+    line: dict[str, object] = {"environment": environment.name, "column": column}
+    try:
+        subprocess.run(command, cwd=ROOT, env=variables, timeout=SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return line | {"problem": f"no end after {SECONDS} s"}
+    if not report.exists():
+        return line | {"problem": "not started"}
+    return line | counts(report)
 
 
 def counts(report: pathlib.Path) -> dict[str, object]:
@@ -148,10 +156,14 @@ def main() -> int:
     arguments.output.mkdir(parents=True, exist_ok=True)
     chosen = [by_name[name] for name in arguments.environments]
     for environment in chosen:
-        for column in arguments.columns:
-            if (environment.name, column) not in known_results(path):
+        missing = [c for c in arguments.columns if (environment.name, c) not in known_results(path)]
+        with tempfile.TemporaryDirectory() as folder:
+            is_installed = install(environment, folder) if missing else True
+            for column in missing:
+                line = {"environment": environment.name, "column": column, "problem": "cannot be installed"}
+                line = run_tests(environment, column, folder) if is_installed else line
                 with path.open("a") as file:
-                    file.write(json.dumps(run_tests(environment, column)) + "\n")
+                    file.write(json.dumps(line) + "\n")
     results = known_results(path)
     if arguments.report:
         arguments.report.write_text(table(list(ENVIRONMENTS), results))
