@@ -12,8 +12,8 @@ from torch import nn
 
 from largebatch.config import NON_NEGATIVE, Check, betas, boolean, check_option_names
 from largebatch.engine.baselines import Adagrad
-from largebatch.engine.optimizers import OPTIMIZERS
 from largebatch.exclusion import KINDS, identities, is_excluded
+from largebatch.optim.registry import OPTIMIZERS
 
 
 def parameter_groups(model: nn.Module, no_weight_decay: Sequence[str]) -> list[dict[str, Any]]:

@@ -5,18 +5,19 @@ A JSON ``optimizer.params`` and the keyword arguments of a constructor are the s
 
 from __future__ import annotations
 
+import dataclasses
 import decimal
 import difflib
 import math
 import numbers
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any
 
 from torch import Tensor
 
-KERNELS = ("auto", "reference", "cpp", "triton", "apex")
+KERNELS = ("auto", "reference", "cpp", "triton", "apex", "compiled")
 """Choices of the option ``kernels``."""
 
 
@@ -156,6 +157,7 @@ def patterns(name: str, value: Any) -> None:
 NON_NEGATIVE = number("a number >= 0", lambda x: x >= 0)
 POSITIVE = number("a number > 0", lambda x: x > 0)
 LEARNING_RATE = number("a number >= 0", lambda x: x >= 0, or_tensor=True)
+NUMBER = number("a number", lambda x: True)
 CLIP = number("null or a number > 0", lambda x: x > 0, or_none=True)
 
 
@@ -166,22 +168,60 @@ def take_over(options: Any) -> None:
         if not (field.name == "lr" and isinstance(value, Tensor)):  # a learning rate may stay on its device
             value = as_python(value)
             object.__setattr__(options, field.name, value)
-        CHECKS[field.name](field.name, value)
+        check_of(field)(field.name, value)
+
+
+def option(default: Any = MISSING, expected: str = "", allowed: Callable[[Any], bool] | None = None) -> Any:
+    """An option of a rule of one's own, as a field of its class, with a check of its values.
+
+    Args:
+        default: none, and the option has to be given.
+        expected: what is allowed, in words: "a number > 0". allowed: whether a value is; of a number if the default is one.
+    """
+    metadata = {"expected": expected, "allowed": allowed} if allowed is not None else {}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_of(field: Field) -> Check:
+    """The check of an option: its own, or that of all options with its name, or that of its type.
+
+    Raises:
+        TypeError: it has none of them.
+    """
+    if "allowed" in field.metadata:
+        expected, allowed = field.metadata["expected"], field.metadata["allowed"]
+        if is_number(field.default):
+            return number(expected, allowed)
+        return lambda name, value: None if allowed(value) else reject(name, value, expected)
+    kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", "")
+    check = CHECKS.get(field.name) or {"float": NUMBER, "int": integer(-(2**63)), "bool": boolean}.get(kind)
+    if check is None:
+        raise TypeError(
+            f"option {field.name} has type {kind} and no check; expected float, int or bool, the name of an option of ours "
+            f"({', '.join(CHECKS)}), or largebatch.option(default, expected, allowed)"
+        )
+    return check
 
 
 @dataclass(frozen=True)
-class SharedOptions:
+class CommonOptions:
     """Options of every layer-wise optimizer. Checked on construction; field names are the JSON's."""
 
     lr: float | Tensor
     weight_decay: float
     decoupled_weight_decay: bool
-    weight_norm_bounds: tuple[float, float] | None
-    trust_ratio_bounds: tuple[float, float] | None
     adapt_undecayed: bool
 
     def __post_init__(self):
         take_over(self)
+
+
+@dataclass(frozen=True)
+class SharedOptions(CommonOptions):
+    """Those, and what LARS and LAMB have in common besides."""
+
+    weight_norm_bounds: tuple[float, float] | None
+    trust_ratio_bounds: tuple[float, float] | None
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from largebatch.engine.baselines import Adagrad
 from largebatch.engine.checkpoint.engine_methods import loading_any_layout, saving_layout
 from largebatch.engine.internals import INTERNALS, MISSING, lacks, missing, owner_of, value_at
 from largebatch.engine.lr_schedulers import SCHEDULERS
-from largebatch.engine.optimizers import OPTIMIZERS
+from largebatch.optim.registry import OPTIMIZERS
 
 UNREACHABLE_NAME = "deepspeed's own lamb, replaced by largebatch"
 
@@ -46,11 +46,11 @@ class Patch:
     scope: str = "the process"
 
 
-def with_more(*more: Any) -> Callable[[list], list]:
+def with_more(find_more: Callable[[], Iterable[Any]]) -> Callable[[list], list]:
     """A list with these at its end, in place: other modules hold the same list."""
 
     def extend(values: list) -> list:
-        values.extend(value for value in more if value not in values)
+        values.extend(value for value in find_more() if value not in values)
         return values
 
     return extend
@@ -61,10 +61,10 @@ ENGINE = "deepspeed.runtime.engine:DeepSpeedEngine"
 PATCHES: tuple[Patch, ...] = (
     Patch(
         "deepspeed.runtime.config:DEEPSPEED_OPTIMIZERS",
-        "optimizer.type may be LARS, LAMB, NLAMB or NNLAMB, in any spelling",
+        "optimizer.type may be LARS, LAMB, NLAMB, NNLAMB or a rule of one's own, in any spelling",
         "the engine takes other names for classes of torch.optim",
         "DeepSpeed has a registry of optimizers",
-        with_more(*OPTIMIZERS),
+        with_more(lambda: OPTIMIZERS),
     ),
     Patch(
         "deepspeed.runtime.engine:LAMB_OPTIMIZER",
@@ -78,7 +78,7 @@ PATCHES: tuple[Patch, ...] = (
         "ZeRO takes our classes, torch.optim.SGD and our Adagrad without zero_allow_untested_optimizer",
         "the list is closed; SGD and Adagrad are elementwise, so exact however the parameters are cut",
         "DeepSpeed has a registry of optimizers",
-        with_more(*OPTIMIZERS.values(), torch.optim.SGD, Adagrad),
+        with_more(lambda: (*OPTIMIZERS.values(), torch.optim.SGD, Adagrad)),
     ),
     *(
         Patch(
@@ -95,7 +95,7 @@ PATCHES: tuple[Patch, ...] = (
         "our schedulers are among the known ones",
         "Accelerate knows by this list which schedulers the engine steps",
         "DeepSpeed has a registry of schedulers",
-        with_more(*SCHEDULERS),
+        with_more(lambda: SCHEDULERS),
     ),
     Patch(
         "deepspeed:initialize",
@@ -273,6 +273,16 @@ def apply_all() -> Callable[[], None]:
                 setattr(owner, name, original)
 
     return take_back
+
+
+def add_optimizer(cls: type) -> None:
+    """Makes a class known that was registered after :func:`apply_all`."""
+    for patch in PATCHES:
+        if patch.target in (
+            "deepspeed.runtime.config:DEEPSPEED_OPTIMIZERS",
+            "deepspeed.runtime.zero.utils:ZERO_SUPPORTED_OPTIMIZERS",
+        ):
+            patch.replace(value_at(patch.target))
 
 
 @contextlib.contextmanager

@@ -12,9 +12,9 @@ _is_registered = False
 
 
 def register() -> None:
-    """Makes ``"type": "LARS" | "LAMB" | "NLAMB" | "NNLAMB"`` and our schedulers known to DeepSpeed.
+    """Makes ``"type": "LARS" | "LAMB" | "NLAMB" | "NNLAMB"``, rules of one's own and our schedulers known to DeepSpeed.
 
-    Call it once before ``deepspeed.initialize``; further calls do nothing. DeepSpeed's own "Lamb" is taken over: its
+    Call it once before ``deepspeed.initialize``; further calls do nothing. A rule that is registered later is known at once. DeepSpeed's own "Lamb" is taken over: its
     FusedLamb runs on GPUs only, one tensor at a time, folds the bias correction into the learning rate, and takes the
     norms of arbitrary slices under ZeRO.
 
@@ -31,10 +31,11 @@ def register() -> None:
     from largebatch.engine import patches
     from largebatch.engine.internals import TESTED_DEEPSPEED, is_tested
     from largebatch.engine.lr_schedulers import SCHEDULERS
-    from largebatch.engine.optimizers import OPTIMIZERS
+    from largebatch.optim.registry import OPTIMIZERS, followers
 
     patches.apply_all()
     _is_registered = True
+    followers.append(patches.add_optimizer)
     logger.info(
         "registered optimizers %s (in place of DeepSpeed's own Lamb) and schedulers %s with DeepSpeed %s (%s with %s)",
         ", ".join(cls.__name__ for cls in OPTIMIZERS.values()),

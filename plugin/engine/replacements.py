@@ -16,11 +16,11 @@ from packaging.version import Version
 from largebatch.engine import baselines, loss_scale
 from largebatch.engine.config_checks.arguments import as_user_error, check_arguments, is_answer
 from largebatch.engine.internals import DeepSpeedFaultError, installed_version, internal
-from largebatch.engine.optimizers import OPTIMIZERS
 from largebatch.engine.tensor_parallel import read_cuts
 from largebatch.engine.wrappers import read_layout
 from largebatch.optim.lars import LARS
 from largebatch.optim.layerwise import LayerwiseOptimizer
+from largebatch.optim.registry import OPTIMIZERS
 
 logger = logging.getLogger("largebatch")
 

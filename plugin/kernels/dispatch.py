@@ -10,8 +10,9 @@ import re
 import torch
 
 from largebatch.kernels.build import CannotBuildError
-from largebatch.kernels.interface import Kernels
+from largebatch.kernels.interface import ALGORITHMS, Kernels
 from largebatch.kernels.reference import ReferenceKernels
+from largebatch.rules.rule import Rule
 
 logger = logging.getLogger("largebatch")
 
@@ -32,17 +33,18 @@ def choose(device_type: str, requested: str) -> Kernels:
     - "cpp": CPU tensors; needs a C++ compiler on first use.
     - "triton": CUDA tensors; needs triton.
     - "apex": CUDA tensors, LAMB; needs NVIDIA apex. Never taken by "auto".
+    - "compiled": torch.compile, everywhere. Taken by "auto" for rules without kernels of their own, see :func:`choose_for`.
     - "auto": the fastest of the first three that works here.
 
     Args:
-        requested: one of ``largebatch.config.KERNELS``, already checked.
+        requested: one of ``largebatch.config.KERNELS``, already checked; or "compiled, or reference".
 
     Raises:
         UnavailableKernelsError: the backend that was named does not work here.
     """
-    if requested != "auto":
+    if requested in BUILDERS:
         return BUILDERS[requested](device_type)
-    fastest = {"cpu": "cpp", "cuda": "triton"}.get(device_type)
+    fastest = "compiled" if requested != "auto" else {"cpu": "cpp", "cuda": "triton"}.get(device_type)
     if fastest is not None:
         try:
             kernels = BUILDERS[fastest](device_type)
@@ -53,6 +55,25 @@ def choose(device_type: str, requested: str) -> Kernels:
     else:
         logger.info("kernels: auto took 'reference' for %s tensors; no other backend knows them", device_type)
     return ReferenceKernels()
+
+
+def choose_for(rule_class: type[Rule], device_type: str, requested: str) -> Kernels:
+    """The backend for a rule. For those with kernels of their own as :func:`choose`; for others:
+
+    - "reference": plain torch, everywhere.
+    - "compiled": torch.compile, everywhere where it finds a compiler.
+    - "auto": "compiled" if that works here.
+
+    Raises:
+        UnavailableKernelsError: the backend that was named does not work here, or not for this rule.
+    """
+    if rule_class in ALGORITHMS or requested in ("reference", "compiled"):
+        return choose(device_type, requested)
+    if requested == "auto":
+        return choose(device_type, "compiled, or reference")
+    raise UnavailableKernelsError(
+        f"kernels {requested!r} have no formulas for {rule_class.__name__}; use 'auto', 'compiled' or 'reference'"
+    )
 
 
 def reason_of(error: Exception) -> str:
@@ -127,4 +148,17 @@ def apex(device_type: str) -> Kernels:
     return ApexKernels(multi_tensor_applier, amp_C)
 
 
-BUILDERS = {"reference": reference, "cpp": cpp, "triton": triton, "apex": apex}
+def compiled(device_type: str) -> Kernels:
+    from largebatch.kernels.compiled import CompiledKernels, probe
+
+    try:
+        probe(torch.device(device_type))
+    except Exception as error:  # whatever compilers, drivers and caches raise
+        raise UnavailableKernelsError(
+            f"kernels 'compiled' cannot be made here ({reason_of(error)}). torch.compile needs a C++ compiler (Debian and Ubuntu: "
+            "apt-get install g++); or use 'auto' or 'reference'"
+        ) from error
+    return CompiledKernels()
+
+
+BUILDERS = {"reference": reference, "cpp": cpp, "triton": triton, "apex": apex, "compiled": compiled}

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from largebatch.config import SharedOptions
+from largebatch.config import CommonOptions
 from largebatch.exclusion import LayerPolicy
 from largebatch.kernels.interface import Before, Decisions, Kernels, LayerFigures, Segments, Span, upload_, uploaded
 from largebatch.layer_map.dtensor import local_part
@@ -61,7 +61,7 @@ class Call:
         tensor: Tensor,
         state: dict[str, Tensor],
         layout: Layout,
-        options: SharedOptions,
+        options: CommonOptions,
     ) -> None:
         """Takes in a tensor: a whole parameter, or a flat partition with its layers."""
         segments, first_row, index = self.segments, len(self.policies), len(self.positions)
@@ -83,7 +83,7 @@ class Call:
         self.process_groups.extend(layout.process_groups)
         self._treat(options, layout.policies)
 
-    def renew_options(self, options: SharedOptions, rule: Rule) -> bool:
+    def renew_options(self, options: CommonOptions, rule: Rule) -> bool:
         """Takes other options; False, and nothing is changed, if the rule needs other state with them."""
         segments = self.segments
         if type(rule) is not type(segments.rule):
@@ -95,7 +95,7 @@ class Call:
         segments.num_changes += 1
         return True
 
-    def _treat(self, options: SharedOptions, policies: list[LayerPolicy]) -> None:
+    def _treat(self, options: CommonOptions, policies: list[LayerPolicy]) -> None:
         segments = self.segments
         for policy in policies:
             segments.weight_decays.append(coupled_weight_decay(options, policy))
@@ -241,17 +241,17 @@ def on(device: torch.device, tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.to(device)
 
 
-def coupled_weight_decay(options: SharedOptions, policy: LayerPolicy) -> float:
+def coupled_weight_decay(options: CommonOptions, policy: LayerPolicy) -> float:
     """The weight decay that goes into the layer's direction: 0 if it is excluded or if decay is decoupled."""
     return options.weight_decay if policy.is_decayed and not options.decoupled_weight_decay else 0.0
 
 
-def decoupled_weight_decay(options: SharedOptions, policy: LayerPolicy) -> float:
+def decoupled_weight_decay(options: CommonOptions, policy: LayerPolicy) -> float:
     """The weight decay that shrinks the layer's weights before the step: 0 if it is excluded or decay is coupled."""
     return options.weight_decay if policy.is_decayed and options.decoupled_weight_decay else 0.0
 
 
-def is_adapted(options: SharedOptions, policy: LayerPolicy) -> bool:
+def is_adapted(options: CommonOptions, policy: LayerPolicy) -> bool:
     """Whether the layer gets a trust ratio other than 1."""
     has_decay = options.weight_decay != 0 and policy.is_decayed
     return policy.is_adapted and (options.adapt_undecayed or has_decay)

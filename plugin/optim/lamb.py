@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 from torch import nn
 
 from largebatch.config import LAMBOptions, NesterovLAMBOptions
-from largebatch.optim.layerwise import LayerwiseOptimizer, fills_from_preset
+from largebatch.optim.layerwise import LayerwiseOptimizer, fills_from_preset, rule_of
 from largebatch.presets import LAMB_PRESETS, NESTEROV_LAMB_PRESETS
 from largebatch.rules import lamb as rules
 
@@ -45,6 +46,7 @@ class LAMB(LayerwiseOptimizer):
         ValueError, TypeError: an option has an illegal value or type, or no effect.
     """
 
+    rule_class = rules.LAMB
     options_class = LAMBOptions
     presets = LAMB_PRESETS
 
@@ -74,22 +76,12 @@ class LAMB(LayerwiseOptimizer):
         options = {n: v for n, v in locals().items() if n not in ("self", "params", "model", "preset", "__class__")}
         super().__init__(params, options, model)
 
-    def make_rule(self, options: LAMBOptions) -> rules.LAMB:
-        return rules.LAMB(
-            betas=options.betas,
-            eps=options.eps,
-            bias_correction=options.bias_correction,
-            weight_norm_bounds=options.weight_norm_bounds,
-            trust_ratio_bounds=options.trust_ratio_bounds,
-        )
-
 
 class NesterovLAMB(LayerwiseOptimizer):
     """What N-LAMB and NN-LAMB share. Their bias corrections are part of the look-ahead and cannot be switched off."""
 
     options_class = NesterovLAMBOptions
     presets = NESTEROV_LAMB_PRESETS
-    rule_class: type[rules.LAMB]
 
     @fills_from_preset
     def __init__(
@@ -117,13 +109,7 @@ class NesterovLAMB(LayerwiseOptimizer):
         super().__init__(params, options, model)
 
     def make_rule(self, options: NesterovLAMBOptions) -> rules.LAMB:
-        return self.rule_class(
-            betas=options.betas,
-            eps=options.eps,
-            bias_correction=True,
-            weight_norm_bounds=options.weight_norm_bounds,
-            trust_ratio_bounds=options.trust_ratio_bounds,
-        )
+        return rule_of(self.rule_class, SimpleNamespace(**vars(options), bias_correction=True))
 
 
 class NLAMB(NesterovLAMB):

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from torch import nn
 
 from largebatch.config import LARSOptions
-from largebatch.optim.layerwise import LayerwiseOptimizer, fills_from_preset
+from largebatch.optim.layerwise import LayerwiseOptimizer, fills_from_preset, rule_of
 from largebatch.presets import LARS_PRESETS
 from largebatch.rules.lars import LARS2017, LARS2019
+from largebatch.rules.rule import Rule
 
 
 class LARS(LayerwiseOptimizer):
@@ -88,23 +89,7 @@ class LARS(LayerwiseOptimizer):
         super().__init__(params, options, model)
 
     def make_rule(self, options: LARSOptions) -> LARS2017 | LARS2019:
-        if options.formulation == "2019":
-            return LARS2019(
-                momentum=options.momentum,
-                eps=options.eps,
-                weight_norm_bounds=options.weight_norm_bounds,
-                trust_ratio_bounds=options.trust_ratio_bounds,
-            )
-        return LARS2017(
-            momentum=options.momentum,
-            trust_coefficient=options.trust_coefficient,
-            eps=options.eps,
-            nesterov=options.nesterov,
-            lr_in_momentum=options.lr_in_momentum,
-            larc_clip=options.larc_clip,
-            decay_in_ratio=options.decay_in_ratio,
-            damp_ratio_by_momentum=options.damp_ratio_by_momentum,
-            skip_zero_norm_layers=options.skip_zero_norm_layers,
-            weight_norm_bounds=options.weight_norm_bounds,
-            trust_ratio_bounds=options.trust_ratio_bounds,
-        )
+        return rule_of(FORMULATIONS[options.formulation], options)
+
+
+FORMULATIONS: dict[str, type[Rule]] = {"2017": LARS2017, "2019": LARS2019}

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from largebatch.config import (
     LEARNING_RATE,
+    CommonOptions,
     GlobalOptions,
-    SharedOptions,
     UnknownOptionError,
     advice_on,
     check_option_names,
@@ -33,12 +33,15 @@ from largebatch.optim.calls import Call, sums_over_ranks
 from largebatch.optim.layer_table import LayerTable
 from largebatch.optim.plan import GroupPlan, plan_group
 from largebatch.optim.state import (
+    STATE_DTYPES,
     check_is_own,
     check_same_meaning,
     dtype_of,
     fill_state,
     has_checkpoint_names,
+    needs_step,
     new_states,
+    state_dtype_of,
     with_checkpoint_names,
     with_own_names,
 )
@@ -62,6 +65,11 @@ GLOBAL_OPTIONS = tuple(field.name for field in fields(GlobalOptions))
 def option_names(init: Callable[..., None]) -> list[str]:
     """The options among a constructor's parameters."""
     return [name for name in inspect.signature(init).parameters if name not in ("self", "params", "model")]
+
+
+def rule_of(rule_class: type[Rule], options: Any) -> Rule:
+    """A rule with those of the options that it has."""
+    return rule_class(**{field.name: getattr(options, field.name) for field in fields(rule_class)})
 
 
 def fills_from_preset(init: Callable[..., None]) -> Callable[..., None]:
@@ -107,7 +115,8 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
     which no layer moved. See :attr:`num_skipped_steps` and :attr:`num_skipped_layers`.
     """
 
-    options_class: ClassVar[type[SharedOptions]]
+    rule_class: ClassVar[type[Rule]]
+    options_class: ClassVar[type[CommonOptions]]
     checkpoint_names: ClassVar[Mapping[str, str]] = {}
     """State name -> name in the checkpoints of a sharded engine, whose converters know Adam's names only."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]]
@@ -160,7 +169,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
 
     def make_rule(self, options: Any) -> Rule:
         """The rule of a param group."""
-        raise NotImplementedError
+        return rule_of(self.rule_class, options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """See torch.optim.Optimizer. Options given in the group are checked like the constructor's."""
@@ -345,7 +354,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
                         f"kernels is {self.kernels!r}, and {layout.policies[0].name} is a lazily negated view or mixes fp64 with another "
                         "dtype, which only 'reference' can step; set kernels to that or to 'auto'"
                     )
-                kernels = dispatch.choose(tensor.device.type, "reference" if is_odd else self.kernels)
+                kernels = dispatch.choose_for(type(rule), tensor.device.type, "reference" if is_odd else self.kernels)
                 calls[key] = Call(Segments(rule, tensor.device, dtype), kernels)
                 # an engine's gradient buffers are its own and die with the step
                 is_engines = all(t in self._table.partitions for t in group["params"])
@@ -510,7 +519,8 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
     def _state_of(self, tensor: Tensor, rule: Rule, num_layers: int | None = None) -> dict[str, Tensor]:
         state = self.state[tensor]
         if has_checkpoint_names(state, self.checkpoint_names):  # an engine has put a checkpoint's state here
-            self.state[tensor] = state = with_own_names(state, self.checkpoint_names)
+            has_step = needs_step(rule, state_dtype_of(tensor, self.state_dtype))
+            self.state[tensor] = state = with_own_names(state, self.checkpoint_names, has_step=has_step)
         fill_state(state, tensor, rule, self.state_dtype, num_layers)
         return state
 
@@ -567,8 +577,11 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         check_same_meaning(groups, self.param_groups)
         here = [{name: group[name] for name in options} for group in self.param_groups]
         saved_ids = {i for group in groups for i in group["params"]}
+        has_step = any(needs_step(rule, STATE_DTYPES[self.state_dtype]) for rule in rules)
         states = {
-            i: with_own_names(state, names) if i in saved_ids and has_checkpoint_names(state, names) else state
+            i: with_own_names(state, names, has_step=has_step)
+            if i in saved_ids and has_checkpoint_names(state, names)
+            else state
             for i, state in state_dict["state"].items()
         }
         if len(groups) == len(here):  # else torch says what is wrong

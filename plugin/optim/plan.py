@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from largebatch.config import LEARNING_RATE, SharedOptions, as_python
+from largebatch.config import LEARNING_RATE, CommonOptions, as_python
 from largebatch.layer_map.dtensor import local_gradient, local_part
 from largebatch.optim.calls import Call
 from largebatch.rules.rule import Rule
@@ -71,7 +71,7 @@ class GroupPlan:
     option_names: tuple[str, ...]
     """All options but lr."""
     option_values: list[Any]
-    options_and_rule: Callable[[dict[str, Any]], tuple[SharedOptions, Rule]]
+    options_and_rule: Callable[[dict[str, Any]], tuple[CommonOptions, Rule]]
     """Those of a group as it is now, checked."""
     without_grad: list[Tensor]
     """The params that had no gradient, which none of the calls has."""
@@ -142,7 +142,7 @@ class GroupPlan:
 def plan_group(
     group: dict[str, Any],
     option_names: tuple[str, ...],
-    options_and_rule: Callable[[dict[str, Any]], tuple[SharedOptions, Rule]],
+    options_and_rule: Callable[[dict[str, Any]], tuple[CommonOptions, Rule]],
     make_calls: Callable[[dict[str, Any]], list[Call]],
     optimizer_state: Mapping[Tensor, dict[str, Any]],
 ) -> GroupPlan:

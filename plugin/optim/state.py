@@ -107,9 +107,14 @@ def has_checkpoint_names(state: Mapping[str, Any], names: Mapping[str, str]) -> 
     return any(other in state for other in names.values())
 
 
-def with_own_names(state: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """The inverse of :func:`with_checkpoint_names`."""
-    return {own: state[other] for own, other in names.items() if other in state}
+def with_own_names(state: Mapping[str, Any], names: Mapping[str, str], *, has_step: bool) -> dict[str, Any]:
+    """The inverse of :func:`with_checkpoint_names`.
+
+    Args:
+        has_step: whether the step in it is a count of ours, and no filling.
+    """
+    others = [name for name in ("step", LAYER_STATE) if name in state and (has_step or name != "step")]
+    return {own: state[other] for own, other in names.items() if other in state} | {n: state[n] for n in others}
 
 
 COMMON_OPTIONS = (

@@ -47,7 +47,7 @@ def check_resumed(resumed, algorithm, num_groups=1):
         assert result["ratios"] == ratios
         assert result["counts"] == (6, 0, 6)
         assert len(result["lr"]) == num_groups
-        assert result["decays"] == [engine_runs.ALGORITHMS[algorithm]["weight_decay"], 0.0][:num_groups]
+        assert result["decays"] == [engine_runs.OPTIONS[algorithm]["weight_decay"], 0.0][:num_groups]
         for weights, master in zip(result["model"], first, strict=True):
             error = relative_error([weights], [master])
             assert error < {torch.float32: BOUND, torch.bfloat16: 2**-8, torch.float16: 2**-11}[weights.dtype]

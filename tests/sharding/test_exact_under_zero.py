@@ -36,13 +36,15 @@ LAYOUTS = {
 def wrapper_of(stage, dtype):
     if stage == 0:
         bf16 = "FP16_UnfusedOptimizer|BF16_Optimizer"  # the second in DeepSpeed 0.16
-        return {"fp32": "LARS|LAMB|NLAMB|NNLAMB", "fp16": "FP16_UnfusedOptimizer", "bf16": bf16}[dtype]
+        return {"fp32": "LARS|LAMB|NLAMB|NNLAMB|LANS", "fp16": "FP16_UnfusedOptimizer", "bf16": bf16}[dtype]
     return "DeepSpeedZeroOptimizer_Stage3" if stage == 3 else "DeepSpeedZeroOptimizer"
 
 
-@pytest.mark.parametrize("num_groups", [1, 2])
+VARIANTS = [(algorithm, 2) for algorithm in engine_runs.ALGORITHMS] + [("LARS", 1), ("LAMB", 1)]
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("algorithm", engine_runs.ALGORITHMS)
+@pytest.mark.parametrize("algorithm, num_groups", VARIANTS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_equals_unsharded(rank_pool, layout, algorithm, world_size, num_groups):
     options = LAYOUTS[layout]

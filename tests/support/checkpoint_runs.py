@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-import largebatch
 from largebatch.engine.wrappers import stepped_tensors
+from largebatch.optim.registry import OPTIMIZERS
 from support import engine_runs
 
 FIRST, REST = 3, 3
@@ -88,7 +88,7 @@ def regrouped(algorithm, before, now):
     """Weights at the end if the param groups change after FIRST steps, and with them the second group's weight decay."""
     model, optimizer = plain(algorithm, 2)
     decays = {
-        1: [engine_runs.ALGORITHMS[algorithm]["weight_decay"]] * 2,
+        1: [engine_runs.OPTIONS[algorithm]["weight_decay"]] * 2,
         2: [g["weight_decay"] for g in optimizer.param_groups],
     }
     for num_groups, steps in ((before, range(FIRST)), (now, range(FIRST, FIRST + REST))):
@@ -101,13 +101,13 @@ def regrouped(algorithm, before, now):
 def plain(algorithm, num_groups):
     model = engine_runs.LinearLoss()
     groups = engine_runs.param_groups(model, num_groups)
-    return model, getattr(largebatch, algorithm)(groups, model=model, **engine_runs.ALGORITHMS[algorithm])
+    return model, OPTIMIZERS[algorithm.lower()](groups, model=model, **engine_runs.OPTIONS[algorithm])
 
 
 def train_plain(model, optimizer, algorithm, steps):
     for step in steps:
         for group in optimizer.param_groups:
-            group["lr"] = engine_runs.learning_rate(step, FIRST + REST, engine_runs.ALGORITHMS[algorithm]["lr"])
+            group["lr"] = engine_runs.learning_rate(step, FIRST + REST, engine_runs.OPTIONS[algorithm]["lr"])
         for parameter, gradient in zip(model.layers, engine_runs.gradients_of(step), strict=True):
             parameter.grad = gradient
         optimizer.step()

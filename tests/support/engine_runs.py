@@ -10,7 +10,8 @@ import contextlib
 import torch
 from torch import nn
 
-import largebatch
+from largebatch.optim.registry import OPTIMIZERS
+from support import own_rules
 
 SHAPES = ((37, 13), (37,), (13, 37), (1,), (203, 3), (6, 5, 3), (7,), (64,), (2, 2), (90, 11))
 GROUP_BORDER = 4
@@ -23,7 +24,9 @@ ALGORITHMS = {
     "LAMB": {"lr": 0.02, "weight_decay": 0.05},
     "NLAMB": {"lr": 0.02, "betas": [0.9, 0.99], "weight_decay": 0.05},
     "NNLAMB": {"lr": 0.02, "betas": [0.9, 0.99], "weight_decay": 0.05},
+    "LANS": {"lr": 0.02, "betas": [0.9, 0.99], "weight_decay": 0.05},
 }
+OPTIONS = ALGORITHMS | own_rules.OPTIONS
 
 
 class LinearLoss(nn.Module):
@@ -71,8 +74,8 @@ def param_groups(model, num_groups):
 def unsharded(algorithm, num_steps, num_groups=1, skipped=(), shapes=SHAPES, dtype=torch.float32):
     """The same training in plain PyTorch: final weights and the trust ratios of every step."""
     model = LinearLoss(shapes).to(dtype)
-    options = ALGORITHMS[algorithm]
-    optimizer = getattr(largebatch, algorithm)(param_groups(model, num_groups), model=model, **options)
+    options = OPTIONS[algorithm]
+    optimizer = OPTIMIZERS[algorithm.lower()](param_groups(model, num_groups), model=model, **options)
     ratios, applied = [], 0
     for step in range(num_steps):
         if step in skipped:
@@ -121,7 +124,7 @@ def ds_config(algorithm, stage, dtype="fp32", *, zero=None, accumulation=1, grad
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 0.0,
         "steps_per_print": 10**9,
-        "optimizer": {"type": algorithm, "params": dict(ALGORITHMS.get(algorithm, {}))},
+        "optimizer": {"type": algorithm, "params": dict(OPTIONS.get(algorithm, {}))},
         "zero_optimization": {"stage": stage, **(zero or {})},
     }
     if dtype == "bf16":
@@ -152,7 +155,7 @@ def engine_for(config, *, num_groups=1, model=None, num_steps=1, optimizer=None)
     import deepspeed
 
     model = LinearLoss() if model is None else model
-    peak = ALGORITHMS.get(config.get("optimizer", {}).get("type", "LAMB"), {"lr": 0.02})["lr"]
+    peak = OPTIONS.get(config.get("optimizer", {}).get("type", "LAMB"), {"lr": 0.02})["lr"]
     with fp16_allowed():
         engine, *_ = deepspeed.initialize(
             model=model,

@@ -27,11 +27,11 @@ import warnings
 import torch
 
 import largebatch
-from largebatch.engine.optimizers import OPTIMIZERS
 from largebatch.launch import leaving, train
 from largebatch.launch.checkpoints import files as checkpoint_files
 from largebatch.launch.inputs import sources
 from largebatch.models.mlp import MLP
+from largebatch.optim.registry import OPTIMIZERS
 from support import fuzz_checkpoints, fuzz_configs
 from support.trainer_runs import patched
 

@@ -14,7 +14,6 @@ from largebatch.ds_configs.tables.files import all_recipes, by_source, text_of
 from largebatch.ds_configs.tables.readme import with_rows
 from largebatch.engine.baselines import Adagrad
 from largebatch.engine.lr_schedulers import SCHEDULERS
-from largebatch.engine.optimizers import OPTIMIZERS
 from largebatch.launch.arguments import apply_overrides, parse_arguments, read_recipe, set_entry
 from largebatch.launch.parameter_groups import parameter_groups
 from largebatch.launch.recipe_section import stage_recipes
@@ -22,6 +21,7 @@ from largebatch.launch.recipes_command import NUM_SAMPLES
 from largebatch.launch.run_plan import make_plan
 from largebatch.models.bert import build_bert
 from largebatch.models.registry import build_model
+from largebatch.optim.registry import OPTIMIZERS
 
 FOLDER = pathlib.Path(largebatch.ds_configs.__file__).parent
 RECIPES = sorted(FOLDER.glob("*.json"))

@@ -20,11 +20,13 @@ from largebatch.engine.checkpoint.agreement import gathered, raise_together
 from largebatch.engine.checkpoint.layout import KEY, EngineLayout, can_be_described, describe, differences
 from largebatch.engine.checkpoint.saved import SavedCheckpoint, layout_in, mapped, model_files_in
 from largebatch.engine.checkpoint.state import SAME_STATE, check_optimizers
-from largebatch.engine.optimizers import OPTIMIZERS
+from largebatch.optim.registry import OPTIMIZERS
 
 logger = logging.getLogger("largebatch")
 
-OURS = tuple(cls.__name__ for cls in OPTIMIZERS.values())
+
+def names_of_ours() -> list[str]:
+    return [cls.__name__ for cls in OPTIMIZERS.values()]
 
 
 def saving_layout(save: Callable[..., Any]) -> Callable[..., Any]:
@@ -121,7 +123,7 @@ def check_without_layout(path: str, model_file: str, current: EngineLayout) -> N
     states = mapped(model_file)
     config = states.get("ds_config")
     stage = config.get("zero_optimization", {}).get("stage", 0) if isinstance(config, dict) else None
-    if current.optimizer in OURS and isinstance(config, dict):  # the state has no names of optimizers in it
+    if current.optimizer in names_of_ours() and isinstance(config, dict):  # the state has no names of optimizers in it
         check_optimizers(optimizer_named_in(config, current.optimizer, path), current.optimizer, path)
     world_size = states.get("dp_world_size")
     kinds = (0, 1, 1, 3)  # stages 1 and 2 have the same files
@@ -139,7 +141,7 @@ def optimizer_named_in(config: dict[str, Any], current: str, path: str) -> str:
     if not isinstance(name, str):
         logger.warning("%r does not say whose optimizer state it holds; it is taken for that of %s", path, current)
         return current
-    known = [*OURS, *(other for family in SAME_STATE for other in family)]
+    known = [*names_of_ours(), *(other for family in SAME_STATE for other in family)]
     return next((other for other in known if other.lower() == name.lower()), name)
 
 

@@ -13,7 +13,7 @@ from largebatch.engine.config_checks.files import read_json
 from largebatch.engine.config_checks.models import sentence
 from largebatch.engine.config_checks.tables import section
 from largebatch.engine.internals import internal
-from largebatch.engine.optimizers import OPTIMIZERS
+from largebatch.optim.registry import OPTIMIZERS
 
 LIBRARIES = (
     "deepspeed",

@@ -15,7 +15,7 @@ from torch.optim import lr_scheduler
 from largebatch.config import check_option_names, integer, nearest_hint, reject
 from largebatch.engine.internals import internal
 from largebatch.engine.lr_schedulers import SCHEDULERS
-from largebatch.engine.optimizers import OPTIMIZERS
+from largebatch.optim.registry import OPTIMIZERS
 
 MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 """Section -> the package without which it cannot be enabled."""
