@@ -31,7 +31,10 @@ SECONDS = 3600
 """For one column; one that takes longer has failed."""
 
 COLUMNS = {
-    "exact": ["tests/sharding/test_exact_under_zero.py", "-k", "LARS-2-2 or NNLAMB-2-3"],
+    "exact": [
+        "tests/sharding/test_exact_under_zero.py", "tests/sharding/test_accumulation.py",
+        "-k", "LARS-2-2 or NNLAMB-2-3 or every_micro_batch",
+    ],
     "layouts": ["tests/sharding/test_layouts.py", "tests/sharding/test_accumulation.py", "tests/sharding/test_loss_scale.py"],
     "checkpoints": [
         "tests/sharding/test_checkpoints.py", "tests/sharding/test_any_layout.py", "tests/sharding/test_whole_checkpoints.py",
@@ -44,7 +47,9 @@ COLUMNS = {
     ],
     "launcher": ["tests/engine/test_launcher.py"],
     "clients": ["tests/engine/test_clients.py"],
-    "oldest": ["tests/sharding/test_exact_under_zero.py", "-k", "LARS-2-2"],
+    "oldest": [
+        "tests/sharding/test_exact_under_zero.py", "tests/sharding/test_accumulation.py", "-k", "LARS-2-2 or every_micro_batch",
+    ],
     "kernels": ["tests/kernels/test_backends.py", "tests/kernels/test_many_tensors.py", "-k", "not triton"],
 }  # fmt: skip
 """What is tested -> arguments of pytest."""

@@ -42,16 +42,6 @@ def build_model() -> ViTForImageClassification:
     return ViTForImageClassification(config)
 
 
-class LAMBOfModel:
-    """For Trainer's ``optimizer_cls_and_kwargs``, which makes one of these and calls it with the model.
-
-    A class of torch.optim in its place would get parameters without names, by which no bias is known.
-    """
-
-    def __call__(self, model: torch.nn.Module, **options) -> largebatch.LAMB:
-        return largebatch.LAMB(model.parameters(), model=model, **options)
-
-
 EXCLUDED = ["bias", "norm"]
 OPTIONS = {
     "lr": DEFAULTS["learning_rate"], "eps": DEFAULTS["adam_epsilon"], "weight_decay": DEFAULTS["weight_decay"],
@@ -78,10 +68,15 @@ def main() -> None:
     train_set, test_set = (
         [{"pixel_values": image.view(1, 8, 8), "labels": label} for image, label in part] for part in digits()
     )
+    model, optimizer = build_model(), None
+    if not is_with_deepspeed:
+        optimizer = largebatch.LAMB(
+            model.parameters(), model=model, **OPTIONS
+        )  # the model says which are biases and norms
     trainer = Trainer(
-        model=build_model(),
+        model=model,
         args=arguments,
-        optimizer_cls_and_kwargs=None if is_with_deepspeed else (LAMBOfModel, OPTIONS),
+        optimizers=(optimizer, None),
         train_dataset=train_set,
         eval_dataset=test_set,
         compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(axis=1) == p.label_ids).mean())},

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from largebatch.launch.ports import free_port
+from largebatch.launch.ports import launcher_options
 from largebatch.launch.recipe_section import SECTION_DEFAULTS, stage_recipes
 from largebatch.launch.run_plan import stretch_lengths
 from largebatch.launch.study.results import events_of, trained_with
@@ -38,15 +38,7 @@ class Launch:
     data_folder: str | None
 
     def command(self, recipe: str, folder: str, *, is_resumed: bool) -> list[str]:
-        command = [sys.executable, "-m", "deepspeed.launcher.runner"]
-        command += [
-            "--num_accelerators",
-            str(self.num_ranks),
-            "--log_level",
-            "error",
-            "--master_port",
-            str(free_port()),
-        ]
+        command = [sys.executable, "-m", "deepspeed.launcher.runner", *launcher_options(self.num_ranks)]
         command += [TRAIN_SCRIPT, "--deepspeed_config", recipe, "--output", folder]
         if self.data_folder is not None:
             command += ["--data", os.path.abspath(self.data_folder)]

@@ -9,9 +9,11 @@ What differs between the releases that are supported, each asked by what is ther
 |--------|---------------------------------------------------------------------|-------------------------------------------|
 | 0.17.0 | runtime/precision_config.py: models of "fp16" and "bf16"            | entries are looked up one by one          |
 | 0.17.6 | engine.zenflow, or shortly before                                   | no ZenFlow                                |
+| 0.18.3 | stage 2 adds up micro-batches again, as before 0.17.6              | see lost_micro_batches                    |
 | 0.18.3 | engine.backward scales the loss itself, for ZeRO wrappers only      | the wrapper scales it, at stage 0, too    |
 | 0.18.6 | FP16_UnfusedOptimizer.loss_scale_config holds the loss scale        | the wrapper itself holds it               |
 | 0.18.6 | bf16 at stage 0 trains                                              | see replacements.refuse_faulty_bf16       |
+| 0.19.0 | stage 2 with offload adds up all micro-batches                      | see lost_micro_batches                    |
 | 0.19.3 | sub_group_process_groups: a process group for each ZeRO-3 sub-group | dp_process_group for all                  |
 | 0.19.7 | round_robin_bit16_offsets: padding between layers in ZeRO 1 and 2   | layers lie one after another              |
 | 0.19.7 | tables of removed configuration keys                                | no keys are removed                       |

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from largebatch.engine import replacements
+from largebatch.engine import lost_micro_batches, replacements
 from largebatch.engine.baselines import Adagrad
 from largebatch.engine.checkpoint.engine_methods import loading_any_layout, saving_layout
 from largebatch.engine.internals import INTERNALS, MISSING, lacks, missing, owner_of, value_at
@@ -177,6 +177,24 @@ PATCHES: tuple[Patch, ...] = (
         "at stage 0 FP16_UnfusedOptimizer divides by a scale that nobody multiplied (pull request 8393)",
         "pull request 8393 is in the oldest supported version",
         scope="one fp16 engine at stage 0 that steps one of ours or a baseline",
+    ),
+    *(
+        Patch(
+            target,
+            "adds each micro-batch's gradients to those before",
+            f"stage 2 of DeepSpeed {versions} {fault} (mended by pull request {pull})",
+            f"pull request {pull} is in the oldest supported version",
+            scope=f"one engine at stage 2 of DeepSpeed {versions} that steps one of ours or a baseline",
+        )
+        for target, versions, fault, pull in (
+            (lost_micro_batches.WITHOUT_OFFLOAD, "0.17.6 to 0.18.2", "forgets all micro-batches but the last", 7665),
+            (
+                lost_micro_batches.WITH_OFFLOAD,
+                "before 0.19",
+                "forgets all micro-batches but the first and the last",
+                7967,
+            ),
+        )
     ),
     *(
         Patch(

@@ -13,7 +13,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from largebatch.engine import baselines, loss_scale
+from largebatch.engine import baselines, loss_scale, lost_micro_batches
 from largebatch.engine.config_checks.arguments import as_user_error, check_arguments, is_answer
 from largebatch.engine.internals import DeepSpeedFaultError, installed_version, internal
 from largebatch.engine.tensor_parallel import read_cuts
@@ -100,6 +100,7 @@ def attaching_layout(configure: Method) -> Method:
         is_baseline = type(self.basic_optimizer) in baselines.BASELINES
         if is_stepped_by_ours(self) or is_baseline:
             refuse_faulty_bf16(self)
+            lost_micro_batches.repair(self)
         if is_stepped_by_ours(self):
             self.basic_optimizer.attach(read_layout(self.optimizer), read_cuts(self))
             loss_scale.repair(self)

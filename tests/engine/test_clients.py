@@ -10,13 +10,14 @@ import sys
 
 import pytest
 import torch
+from packaging.version import Version
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import PolynomialLR
 from torch.utils.data import DistributedSampler
 
 import largebatch
 from largebatch.engine.lr_schedulers import WarmupPolyLR
-from largebatch.launch.ports import free_port
+from largebatch.launch.ports import free_port, launcher_options
 from support import engine_runs, launching
 
 GLOBAL_BATCH = 512
@@ -24,6 +25,16 @@ NUM_EPOCHS = 4
 NUM_STEPS = 12
 BOUND = 1e-5
 """Largest error of a weight after 12 steps in fp32, relative to the largest of its layer: what summing in another order does."""
+
+
+FSDP2 = pytest.param(
+    "fsdp2",
+    marks=pytest.mark.skipif(
+        Version(torch.__version__).release < (2, 9),
+        reason="on CPUs FSDP2 of torch 2.6 does not run (a CPU stream has no record_event), and that of 2.8 hands out the sum of the "
+        "ranks' gradients, not their mean: to torch.optim.SGD, too",
+    ),
+)
 
 
 @pytest.fixture
@@ -35,9 +46,7 @@ def example(monkeypatch):
 
 def deepspeed(num_ranks, port, *arguments):
     launcher = shutil.which("deepspeed", path=launching.environment()["PATH"])
-    return [
-        launcher, "--num_accelerators", str(num_ranks), "--master_port", str(port), "--log_level", "error", *arguments,
-    ]  # fmt: skip
+    return [launcher, *launcher_options(num_ranks, port), *arguments]
 
 
 def torchrun(num_ranks, port, *arguments):
@@ -174,7 +183,7 @@ def test_hugging_face_trainer(example, tmp_path, is_with_deepspeed):
 
 
 @pytest.mark.launcher
-@pytest.mark.parametrize("way", ["config", "code", "ddp", "fsdp2"])
+@pytest.mark.parametrize("way", ["config", "code", "ddp", FSDP2])
 def test_accelerate_plugin(example, tmp_path, way):
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     is_plain = way in ("ddp", "fsdp2")
@@ -214,7 +223,7 @@ def test_lightning_strategy(example, tmp_path, optimizer_from):
 
 
 @pytest.mark.launcher
-@pytest.mark.parametrize("script", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("script", ["ddp", FSDP2])
 def test_plain_pytorch(example, tmp_path, script):
     outputs = run_on_1_and_2_ranks(
         lambda num_ranks, port: torchrun(

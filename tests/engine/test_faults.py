@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from largebatch.launch.ports import free_port
+from largebatch.launch.ports import launcher_options
 from support import launching
 
 pytestmark = pytest.mark.launcher
@@ -43,7 +43,7 @@ def supervise(*arguments):
         "200",
         "deepspeed",
     ]
-    command += ["--num_accelerators", "2", "--master_port", str(free_port()), "--log_level", "error", "launch/train.py"]
+    command += [*launcher_options(2), "launch/train.py"]
     return subprocess.Popen(
         [*command, "--deepspeed_config", RECIPE, *map(str, arguments)], cwd=launching.ROOT, env=launching.environment(),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,

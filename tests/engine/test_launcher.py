@@ -207,7 +207,7 @@ def test_an_unmodified_script_through_the_module(tmp_path):
     (tmp_path / "ds_config.json").write_text(CONFIG)
     process = launching.start(
         "largebatch", tmp_path / "script.py", "--deepspeed_config", tmp_path / "ds_config.json",
-        launcher_options=("--log_level", "error", "--module"),
+        is_module=True,
     )  # fmt: skip
     before = set(os.listdir("/dev/shm"))
     code, out, err = launching.finish(process)

@@ -9,6 +9,7 @@ import subprocess
 
 import pytest
 
+from largebatch.launch.ports import free_port
 from support import launching
 
 ROOT = launching.ROOT
@@ -44,7 +45,7 @@ def job(tmp_path):
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(stat.S_IRWXU)
     env = launching.environment() | {
-        "SLURM_JOB_ID": str(launching.free_port() % 20000), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NTASKS": "2",
+        "SLURM_JOB_ID": str(free_port() % 20000), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NTASKS": "2",
         "SLURM_NTASKS_PER_NODE": "2", "SLURM_SUBMIT_DIR": str(ROOT), "RECORDED": str(tmp_path / "recorded"), "DRY": "",
     }  # fmt: skip
     env["PATH"] = f"{tmp_path / 'bin'}{os.pathsep}{env['PATH']}"

@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from largebatch.launch.ports import free_port
+from largebatch.launch.ports import launcher_options
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SECONDS = 240
@@ -29,23 +29,15 @@ def environment():
     return env
 
 
-def start(*arguments, num_ranks=2, launcher_options=("--log_level", "error")):
+def start(*arguments, num_ranks=2, is_module=False):
     """The deepspeed launcher as a user's shell would start it, in a process group of its own."""
     launcher = shutil.which("deepspeed", path=environment()["PATH"])
-    port = free_port()
-    command = [
-        launcher,
-        "--num_accelerators",
-        str(num_ranks),
-        "--master_port",
-        str(port),
-        *launcher_options,
-        *map(str, arguments),
-    ]
+    options = launcher_options(num_ranks)
+    command = [launcher, *options, *(["--module"] if is_module else []), *map(str, arguments)]
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )  # fmt: skip
-    process.port = port
+    process.port = int(options[options.index("--master_port") + 1])
     return process
 
 

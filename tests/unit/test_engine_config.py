@@ -24,7 +24,9 @@ CONFIG = {
     "optimizer": {"type": "LAMB", "params": {"lr": 0.01}},
     "scheduler": {"type": "WarmupPolyLR", "params": {"total_steps": 100}},
     "zero_optimization": {"stage": 1, "reduce_bucket_size": 5e8, "stage3_param_persistence_threshold": 10},
-    "bf16": {"enabled": "auto"},
+    "bf16": {
+        "enabled": "auto" if internals.internal("DeepSpeedBF16Config") else False
+    },  # before 0.17 "auto" is no default
     "timers": {"throughput": {"enabled": False}},
     "comment": "DeepSpeed ignores it",
 }
