@@ -107,7 +107,7 @@ def check_baseline(config: dict[str, Any]) -> None:
     is_ours = str(name).lower() in OPTIMIZERS
     if not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
         raise ValueError(
-            f'largebatch.no_weight_decay is {patterns!r}; expected a list of "bias", "norm" and regular expressions'
+            f'largebatch.no_weight_decay is {patterns!r}; expected a list of "bias", "norm", "ndim<=1", "ndim==1" and regular expressions'
         )
     if patterns and is_ours:
         raise ValueError(

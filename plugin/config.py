@@ -144,7 +144,7 @@ def betas(name: str, value: Any) -> None:
 
 
 def patterns(name: str, value: Any) -> None:
-    expected = 'a list of "bias", "norm" and regular expressions for parameter names'
+    expected = 'a list of "bias", "norm", "ndim<=1", "ndim==1" and regular expressions for parameter names'
     if isinstance(value, str) or not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
         reject(name, value, expected, TypeError)
     for pattern in value:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 NORM_MODULES = (
@@ -31,7 +32,11 @@ NORM_NAME = re.compile(
 BIAS_NAME = re.compile(r"(^|[._])bias(_[a-z0-9]+)*$")
 """Also matches the bias_ih_l0 of recurrent layers."""
 
-KINDS = ("bias", "norm")
+FEW_DIMENSIONS = {"ndim<=1": lambda n: n <= 1, "ndim==1": lambda n: n == 1}
+"""By the number of dimensions, as most self-supervised training codes do it; they differ in parameters without any, such as a
+learned temperature."""
+
+KINDS = ("bias", "norm", *FEW_DIMENSIONS)
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,13 @@ class ParameterIdentity:
         return (is_vector or is_called_so) and not kinds_of(self)
 
 
+def dimensions_of(parameter: Tensor) -> int | None:
+    """Of the layer, also where ZeRO 3 has cut the parameter already (``zero.Init``); None of a lazy one that has no shape yet."""
+    if hasattr(parameter, "ds_shape"):
+        return len(parameter.ds_shape)
+    return None if is_lazy(parameter) else parameter.ndim
+
+
 def identities(model: nn.Module) -> dict[Tensor, ParameterIdentity]:
     """Name and kinds of every parameter of a model; a tied weight has the name of its first use."""
     found: dict[Tensor, ParameterIdentity] = {}
@@ -79,15 +91,17 @@ def identities(model: nn.Module) -> dict[Tensor, ParameterIdentity]:
         # a norm of one's own has no more than a name; what has a matrix besides is a layer with a norm in it
         is_class_norm = NORM_CLASS_NAME.search(type(owner).__name__) is not None
         is_called_norm = is_class_norm or NORM_NAME.search(owner_name.rpartition(".")[2]) is not None
-        has_vectors_only = all(parameter.ndim <= 1 for parameter in owner.parameters(recurse=not is_class_norm))
+        has_vectors_only = all((dimensions_of(p) or 0) <= 1 for p in owner.parameters(recurse=not is_class_norm))
         for short_name, parameter in module.named_parameters(recurse=False):
             own_name = parametrized if is_original else short_name
             is_norm = is_of_torch or (
-                is_called_norm and parameter.ndim <= 1 and (has_vectors_only or NORM_NAME.search(own_name) is not None)
+                is_called_norm
+                and (dimensions_of(parameter) or 0) <= 1
+                and (has_vectors_only or NORM_NAME.search(own_name) is not None)
             )
             kinds = {kind for kind, holds in (("norm", is_norm), ("bias", BIAS_NAME.search(own_name))) if holds}
             name = f"{module_name}.{short_name}" if module_name else short_name
-            found.setdefault(parameter, ParameterIdentity(name, frozenset(kinds), parameter.ndim))
+            found.setdefault(parameter, ParameterIdentity(name, frozenset(kinds), dimensions_of(parameter)))
     return found
 
 
@@ -101,8 +115,19 @@ def kinds_of(identity: ParameterIdentity) -> frozenset[str]:
 
 
 def is_excluded(identity: ParameterIdentity, exclusions: Sequence[str]) -> bool:
-    """Whether a parameter is of an excluded kind or its name matches an excluded pattern (``re.search``)."""
-    kinds = kinds_of(identity)
+    """Whether a parameter is of an excluded kind or its name matches an excluded pattern (``re.search``).
+
+    Raises:
+        ValueError: the number of dimensions is asked for and not known.
+    """
+    kinds = set(kinds_of(identity))
+    if any(e in FEW_DIMENSIONS for e in exclusions):
+        if identity.num_dimensions is None:
+            raise ValueError(
+                f"{identity.name} has no shape yet, so {list(exclusions)} cannot be matched; build the optimizer after the first "
+                "forward, or name the layers by regular expressions"
+            )
+        kinds |= {kind for kind, holds in FEW_DIMENSIONS.items() if holds(identity.num_dimensions)}
     return any(e in kinds if e in KINDS else re.search(e, identity.name) is not None for e in exclusions)
 
 

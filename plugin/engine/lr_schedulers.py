@@ -238,6 +238,8 @@ class WarmupDecayLR(FactorLR):
 class WarmupPolyLR(WarmupDecayLR):
     """Warm-up, then polynomial decay to zero (power 2 for LARS, 1 for LAMB; arXiv:1708.03888, 1904.00962).
 
+    With a constant phase between the two it is the schedule of LANS (arXiv:2006.13484).
+
     Args:
         total_steps | total_epochs: length of the whole schedule, warm-up included.
         warmup_steps | warmup_epochs: length of the warm-up, default 0; epochs may be fractions.
@@ -250,6 +252,7 @@ class WarmupPolyLR(WarmupDecayLR):
             that of the first, and the others keep their proportion.
         decay_from: "warmup" (the decay begins after the warm-up, with the peak) or "start" (it runs from step 0 on, so
             that the peak is never reached: 1904.00962's eta_0 (1 - t/T), the schedule of the BERT codes).
+        constant_steps | constant_epochs: length of the phase at the peak between warm-up and decay, default 0.
     """
 
     def __init__(
@@ -268,6 +271,8 @@ class WarmupPolyLR(WarmupDecayLR):
         decay_from="warmup",
         total_num_steps=None,
         warmup_num_steps=None,
+        constant_steps=None,
+        constant_epochs=None,
     ):
         total_steps = under_one_name("total", total_steps, total_num_steps)
         warmup_steps = under_one_name("warmup", warmup_steps, warmup_num_steps)
@@ -277,6 +282,12 @@ class WarmupPolyLR(WarmupDecayLR):
         if decay_from not in ("warmup", "start"):
             raise ValueError(f"scheduler.params.decay_from is {decay_from!r}; expected 'warmup' or 'start'")
         self.power, self.decay_from = power, decay_from
+        self.num_constant_steps = in_steps("constant", constant_steps, constant_epochs, steps_per_epoch, default=0)
+        if self.num_constant_steps and decay_from == "start":
+            raise ValueError(
+                f"scheduler.params has a constant phase of {self.num_constant_steps} steps and decay_from 'start', where the decay "
+                "runs from step 0 on; leave one of them out"
+            )
         self.end_factor = share_of_peak("end_factor", end_factor)
         if end_lr is not None:
             self.end_factor = end_share(end_lr, end_factor, torch_optimizer(optimizer).param_groups[0]["lr"])
@@ -286,7 +297,7 @@ class WarmupPolyLR(WarmupDecayLR):
         return schedule.polynomial_factor(
             step,
             num_steps=self.num_steps,
-            num_warmup_steps=0 if self.decay_from == "start" else self.num_warmup_steps,
+            num_warmup_steps=0 if self.decay_from == "start" else self.num_warmup_steps + self.num_constant_steps,
             power=self.power,
             end_factor=self.end_factor,
         )

@@ -39,8 +39,8 @@ class LARS(LayerwiseOptimizer):
         trust_ratio_bounds: (lower, upper) clamp of the ratio; None for none.
         adapt_undecayed: also adapt layers without weight decay; False as in timm and apex.
         max_grad_norm: > 0, clip of the norm of all gradients before the step; None for none.
-        exclude_from_adaptation, exclude_from_weight_decay: "bias", "norm" and regular expressions for names. By
-            module type with ``model``, else by name. Excluded from adaptation: ratio 1.
+        exclude_from_adaptation, exclude_from_weight_decay: "bias", "norm" (by module type with ``model``, else by
+            name), "ndim<=1", "ndim==1" (by shape) and regular expressions for names. Excluded from adaptation: ratio 1.
         preset: "paper", "mlperf", "apex", "timm" or "author": fills in the options not given; see largebatch.presets.
         kernels: "auto", "reference", "cpp" (CPU), "triton" or "apex" (CUDA); see largebatch.kernels.dispatch.
         state_dtype: "fp32", or "bf16" for state of half the size with stochastic rounding.

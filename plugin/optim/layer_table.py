@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
-from largebatch.exclusion import KINDS, LayerPolicy, ParameterIdentity, identities, policy_of
+from largebatch.exclusion import KINDS, LayerPolicy, ParameterIdentity, dimensions_of, identities, policy_of
 from largebatch.layer_map.dtensor import layer_map_of, process_groups_of
 from largebatch.layer_map.partition import Partition
 from largebatch.layer_map.segment import LayerMap, whole_layer
@@ -144,7 +144,7 @@ class LayerTable:
             shape = None if is_lazy(parameter) else parameter.shape
             identity = self.identities.get(parameter)
             if identity is None and name is not None:
-                identity = ParameterIdentity(name, num_dimensions=None if shape is None else len(shape))
+                identity = ParameterIdentity(name, num_dimensions=dimensions_of(parameter))
             policy = policy_of(identity, placeholder, **self.exclusions)
             group.append(Layer(shape, id(parameter), identity, placeholder, policy))
         self.groups.append(group)

@@ -177,6 +177,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         if self._is_built and "lr" not in param_group and isinstance(self.defaults["lr"], Tensor):
             param_group["lr"] = self.defaults["lr"].clone()
         options = self._group_options(self.defaults | param_group)  # before anything is added
+        self.make_rule(options)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group.update(vars(options))

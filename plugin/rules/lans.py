@@ -39,7 +39,7 @@ class LANS(Rule):
 
     Args:
         betas: decay rates of the moments, both >= 0 and < 1.
-        eps: >= 0, added to sqrt(v^).
+        eps: > 0, added to sqrt(v^).
         weight_norm_bounds: (lower, upper) of phi(||w||); None for the identity.
         trust_ratio_bounds: (lower, upper) clamp of both ratios; None for none.
     """
@@ -54,6 +54,10 @@ class LANS(Rule):
     eps: float = 1e-6
     weight_norm_bounds: tuple[float, float] | None = None
     trust_ratio_bounds: tuple[float, float] | None = None
+
+    def __post_init__(self):
+        if self.eps <= 0:
+            raise ValueError(f"eps is {self.eps!r}; expected a number > 0")
 
     def vectors_before(self, part: Part) -> tuple[Tensor, ...]:
         return (part.grad,)

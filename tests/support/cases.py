@@ -50,9 +50,13 @@ CASES = [
     Case(
         "nnlamb", largebatch.NNLAMB, LAMB_OPTIONS | {"betas": (0.975, 0.999)}, oracle.nnlamb, 0.01, "the paper's betas"
     ),
+    Case("lans", largebatch.LANS, LAMB_OPTIONS | {"kernels": "reference"}, oracle.lans, 0.01, "the paper's constants"),
 ]
 
 ILLEGAL = [
+    (largebatch.LANS, {"eps": 0.0}, "eps is 0.0; expected a number > 0"),
+    (largebatch.LANS, {"betas": (0.9, 1.0)}, "betas is (0.9, 1.0); expected [beta1, beta2]"),
+    (largebatch.LANS, {"kernels": "gpu"}, "kernels is 'gpu'; expected one of 'auto', 'reference'"),
     (largebatch.LARS, {"lr": -1.0}, "lr is -1.0; expected a number >= 0"),
     (largebatch.LARS, {"lr": float("nan")}, "lr is nan; expected a number >= 0"),
     (largebatch.LARS, {"lr": "auto"}, "'auto' is filled in by launch/train.py"),

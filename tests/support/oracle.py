@@ -59,6 +59,25 @@ def nnlamb(x, g, state, **options):
     return lamb(x, g, state, look_ahead=("m", "v"), **options)
 
 
+def lans(x, g, state, *, lr, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0):
+    """arXiv:2006.13484, Algorithm 2; the trust ratio of the first of its two directions."""
+    b1, b2 = betas
+    t = state.get("t", 0) + 1
+    size = norm(g)
+    g = g / size if size > 0 else g
+    m = b1 * state.get("m", np.zeros_like(x)) + (1 - b1) * g
+    v = b2 * state.get("v", np.zeros_like(x)) + (1 - b2) * g * g
+    root = np.sqrt(v / (1 - b2**t)) + eps
+    r = m / (1 - b1**t) / root + weight_decay * x
+    c = g / root + weight_decay * x
+    ratio_r, ratio_c = (
+        ratio_or_one(norm(x), norm(r), norm(x), norm(r)),
+        ratio_or_one(norm(x), norm(c), norm(x), norm(c)),
+    )
+    d = b1 * ratio_r * r + (1 - b1) * ratio_c * c
+    return x - lr * d, {"t": t, "m": m, "v": v}, ratio_r
+
+
 def train(step, weights, grads_of_step, lrs, **options):
     """Runs ``step`` over all layers; returns the final weights and the last trust ratios.
 

@@ -21,7 +21,7 @@ def both(case, dtype, seed):
 
 
 def without_formulation(options):
-    return {k: v for k, v in options.items() if k != "formulation"}
+    return {k: v for k, v in options.items() if k not in ("formulation", "kernels")}
 
 
 @pytest.mark.parametrize("seed", [0, 7])

@@ -224,3 +224,42 @@ def test_a_parametrized_norm_is_one(is_nested):
     linear = nn.Linear(3, 2)
     nn.utils.parametrize.register_parametrization(linear, "bias", nn.Identity())
     assert excluded_names(linear, kinds=("bias",)) == {"parametrizations.bias.original"}
+
+
+class WithTemperature(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.tensor(0.1))
+        self.layer = nn.Linear(4, 3)
+        self.scale = nn.Parameter(torch.ones(3))
+
+
+def left_out(model, exclusions, parameters=None):
+    optimizer = largebatch.LARS(
+        parameters or model.named_parameters(),
+        lr=0.1,
+        exclude_from_adaptation=exclusions,
+        model=None if parameters else model,
+    )
+    return [layer.name for layer in optimizer.layers if not layer.is_adapted]
+
+
+def test_by_number_of_dimensions():
+    model = WithTemperature()
+    assert left_out(model, ["ndim<=1"]) == ["temperature", "scale", "layer.bias"]
+    assert left_out(model, ["ndim==1"]) == ["scale", "layer.bias"]
+    assert left_out(model, ["ndim<=1"], list(model.named_parameters())) == ["temperature", "scale", "layer.bias"]
+    assert left_out(model, ["ndim==1", "^layer.weight$"]) == ["scale", "layer.weight", "layer.bias"]
+
+
+def test_the_dimensions_are_the_layers_where_zero_3_has_cut_it():
+    model = nn.Linear(4, 3)
+    for parameter in model.parameters():
+        parameter.ds_shape = parameter.shape
+        parameter.data = torch.empty(0)
+    assert left_out(model, ["ndim<=1"]) == ["bias"]
+
+
+def test_a_parameter_without_a_shape_has_no_dimensions():
+    with pytest.raises(ValueError, match="weight has no shape yet, so .*'ndim<=1'.* cannot be matched"):
+        left_out(nn.LazyLinear(3), ["ndim<=1"])

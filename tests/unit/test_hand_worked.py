@@ -76,3 +76,25 @@ def test_nnlamb():
     weight, figures, _ = one_step(largebatch.NNLAMB, lr=0.1, betas=(0.5, 0.75), eps=1e-30)
     assert figures["direction_norm"] == pytest.approx(8 / 3 / math.sqrt(40 / 7), rel=1e-15)
     assert weight == pytest.approx([3.0, 3.5], rel=1e-15)
+
+
+def test_lans():
+    # step 1, lr 0: g~ = (0, 1), m = (0, 0.1), v = (0, 0.001)
+    # step 2: g = (2, 0), g~ = (1, 0), m = (0.1, 0.09), v = (0.001, 0.000999); m^ = m / 0.19, v^ = v / 0.001999
+    # c = g~ / sqrt(v^) has one element: 5 / ||c|| c = (5, 0);  r = m^ / sqrt(v^);  x = w - 0.1 (0.9 * 5 / ||r|| r + 0.1 (5, 0))
+    weight = torch.nn.Parameter(torch.tensor([3.0, 4.0], dtype=torch.float64))
+    optimizer = largebatch.LANS([weight], lr=0.0, eps=1e-30)
+    weight.grad = torch.tensor([0.0, 2.0], dtype=torch.float64)
+    optimizer.step()
+    assert weight.tolist() == [3.0, 4.0]
+    weight.grad = torch.tensor([2.0, 0.0], dtype=torch.float64)
+    optimizer.param_groups[0]["lr"] = 0.1
+    optimizer.step()
+    r = [0.1 / 0.19 / math.sqrt(0.001 / 0.001999), 0.09 / 0.19 / math.sqrt(0.000999 / 0.001999)]
+    size = math.hypot(*r)
+    (figures,) = optimizer.layer_stats().values()
+    assert (figures["weight_norm"], figures["grad_norm"]) == (5.0, 2.0)
+    assert figures["trust_ratio"] == pytest.approx(5 / size, rel=1e-12)
+    assert figures["gradient_trust_ratio"] == pytest.approx(5 * math.sqrt(0.001 / 0.001999), rel=1e-12)
+    expected = [3 - 0.45 / size * r[0] * 1.0 - 0.05, 4 - 0.45 / size * r[1]]
+    assert weight.tolist() == pytest.approx(expected, rel=1e-12)

@@ -11,6 +11,19 @@ from largebatch import schedule
 from largebatch.engine.lr_schedulers import SCHEDULERS, WarmupCosineDecayLR, WarmupPolyLR, WarmupStepLR
 
 
+def test_a_constant_phase_between_warm_up_and_decay():
+    """arXiv:2006.13484: x/w, then 1, then ((1 - x) / (1 - w - c))^power with shares w, c of the steps."""
+    optimizer = optimizer_with(2.0)
+    scheduler = WarmupPolyLR(optimizer, total_steps=10, warmup_steps=2, constant_steps=3, power=1)
+    found = []
+    for _ in range(11):
+        found.append(optimizer.param_groups[0]["lr"])
+        scheduler.step()
+    assert found == pytest.approx([1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 1.6, 1.2, 0.8, 0.4, 0.0], abs=1e-15)
+    with pytest.raises(ValueError, match="a constant phase of 3 steps and decay_from 'start'"):
+        WarmupPolyLR(optimizer_with(2.0), total_steps=10, constant_steps=3, decay_from="start")
+
+
 def test_warmup_reaches_the_peak_and_loses_no_step():
     assert [schedule.warmup_factor(t, num_warmup_steps=4) for t in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     assert schedule.warmup_factor(0, num_warmup_steps=2, start_factor=0.5) == 0.75

@@ -1,0 +1,254 @@
+"""register_rule: what it makes of a user's rule, and what it refuses."""
+
+import copy
+import inspect
+import logging
+import pickle
+
+import pytest
+import torch
+
+import largebatch
+from largebatch.optim import registry
+from largebatch.optim.rule_check import RuleError
+from support import own_rules
+from support.problems import relative_error
+
+each_rule = pytest.mark.parametrize("rule", own_rules.OPTIONS)
+
+
+@pytest.fixture(autouse=True)
+def no_rule_stays():
+    before = dict(registry.OPTIMIZERS)
+    yield
+    registry.OPTIMIZERS.clear()
+    registry.OPTIMIZERS.update(before)
+
+
+def layers(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((7, 5), (1,), (33,), (0, 3), (4, 3, 2))
+    return [torch.nn.Parameter(torch.randn(s, generator=generator, dtype=dtype)) for s in shapes]
+
+
+def trained(rule, num_steps=6, dtype=torch.float64, **options):
+    parameters = layers(dtype)
+    optimizer = registry.OPTIMIZERS[rule.lower()](parameters, **own_rules.OPTIONS[rule] | options)
+    for step in range(num_steps):
+        generator = torch.Generator().manual_seed(step)
+        optimizer.param_groups[0]["lr"] = 0.01 * (step + 1)
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=dtype)
+        optimizer.step()
+    return parameters, optimizer
+
+
+def smoothed_ratio(weight, num_steps, number):
+    """The formula of own_rules.SmoothedRatio, transcribed for one layer."""
+    velocity, mean = torch.zeros_like(weight), 0.0
+    for step in range(num_steps):
+        generator = torch.Generator().manual_seed(step)
+        grads = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in layers()]
+        direction = grads[number] + 0.01 * weight
+        ratio = float(weight.norm() / direction.norm())
+        mean = ratio if step == 0 else 0.9 * mean + 0.1 * ratio
+        velocity = 0.8 * velocity + mean * (1 - 0.5 ** (step + 1)) * direction
+        weight = weight - 0.01 * (step + 1) * velocity
+    return weight
+
+
+@pytest.mark.parametrize("kernels", ["reference", "compiled"])
+def test_is_its_formula(kernels):
+    found, optimizer = trained("SmoothedRatio", kernels=kernels)
+    for number in (0, 1, 2, 4):
+        expected = smoothed_ratio(layers()[number].detach(), 6, number)
+        assert relative_error([found[number]], [expected]) < 1e-13
+    assert optimizer.layer_stats()["group0.param0"].keys() >= {"trust_ratio", "mean_ratio", "direction_norm"}
+
+
+def test_what_a_rule_becomes():
+    cls = own_rules.SmoothedRatio
+    assert issubclass(cls, torch.optim.Optimizer) and registry.OPTIMIZERS["smoothedratio"] is cls
+    parameters = inspect.signature(cls).parameters
+    assert list(parameters)[:4] == ["params", "lr", "momentum", "smoothing"]
+    assert (parameters["lr"].default, parameters["smoothing"].default, parameters["kernels"].default) == (
+        0.02,
+        0.5,
+        "auto",
+    )
+    assert "averaged over the steps" in cls.__doc__ and cls.presets.keys() == {"paper", "slow"}
+    optimizer = cls(layers(), preset="slow")
+    assert optimizer.param_groups[0]["smoothing"] == 0.9 and cls(layers()).param_groups[0]["smoothing"] == 0.5
+
+
+@each_rule
+def test_copies_and_resumes(rule):
+    parameters, optimizer = trained(rule)
+    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert type(other) is type(optimizer)
+    fresh = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
+    resumed = registry.OPTIMIZERS[rule.lower()](fresh, **own_rules.OPTIONS[rule])
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for tensors, one in ((parameters, optimizer), (fresh, resumed)):
+        for parameter in tensors:
+            parameter.grad = torch.full_like(parameter, 0.25)
+        one.step()
+    assert all(torch.equal(a, b) for a, b in zip(parameters, fresh, strict=True))
+
+
+@each_rule
+@pytest.mark.parametrize("kernels", ["reference", "compiled"])
+def test_what_is_not_finite_stays_out(rule, kernels):
+    parameters, optimizer = trained(rule, dtype=torch.float32, kernels=kernels)
+    before = [p.detach().clone() for p in parameters]
+    states = [copy.deepcopy(optimizer.state[p]) for p in parameters]
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 0.25)
+    parameters[0].grad[3, 2] = torch.inf
+    optimizer.step()
+    assert torch.equal(parameters[0], before[0]) and not torch.equal(parameters[2], before[2])
+    assert all(torch.isfinite(p).all() for p in parameters)
+    old, new = states[0], optimizer.state[parameters[0]]
+    assert torch.equal(old["layer_state"], new["layer_state"])
+    for name in optimizer.rule_class.elementwise_state:
+        assert torch.isfinite(new[name]).all() and new[name][3, 2] == old[name][3, 2]
+
+
+def test_errors_of_options():
+    cls = own_rules.SmoothedRatio
+    with pytest.raises(ValueError, match=r"smoothing is 1.0; expected a number >= 0 and < 1"):
+        cls(layers(), smoothing=1.0)
+    with pytest.raises(TypeError, match=r"SmoothedRatio.smothing is not known \(did you mean 'smoothing'\?\)"):
+        cls(layers(), smothing=0.1)
+    with pytest.raises(ValueError, match="preset is 'fast'; expected null or one of 'paper', 'slow'"):
+        cls(layers(), preset="fast")
+    with pytest.raises(RuntimeError, match="kernels 'cpp' have no formulas for SmoothedRatio"):
+        trained("SmoothedRatio", kernels="cpp")
+
+
+class Plain(largebatch.Rule):
+    """One that is right."""
+
+    def directions(self, part):
+        return (part.grad,)
+
+    def trust_ratio(self, layers):
+        return (torch.ones_like(layers.weight_norm),)
+
+    def advance(self, part, *, lr, ratios):
+        return part.weight - lr * ratios[0] * part.grad, part.state
+
+
+class LooksAtTheTensor(Plain):
+    def directions(self, part):
+        return (part.grad / part.grad.norm(),)
+
+
+class MixesLayers(Plain):
+    def trust_ratio(self, layers):
+        return (layers.weight_norm / layers.weight_norm.sum(),)
+
+
+class ReturnsNoTuple(Plain):
+    def directions(self, part):
+        return part.grad
+
+
+class ReturnsANumber(Plain):
+    def directions(self, part):
+        return (part.grad.sum(),)
+
+
+class Stateful(Plain):
+    elementwise_state = ("momentum",)
+
+    def accumulate(self, part):
+        return part.state + part.state
+
+
+class NormalisesAhead(Plain):
+    elementwise_state = ("momentum",)
+
+    def advance(self, part, *, lr, ratios):
+        return part.weight - lr * part.grad / part.grad.abs().max(), part.state
+
+
+@pytest.mark.parametrize(
+    "rule, words",
+    [
+        (LooksAtTheTensor, "LooksAtTheTensor.directions returned another direction_norm for a layer in two parts"),
+        (MixesLayers, "MixesLayers.trust_ratio returned trust_ratio that is not of shape"),
+        (ReturnsNoTuple, r"ReturnsNoTuple.directions returned tensor\("),
+        (
+            ReturnsANumber,
+            r"ReturnsANumber.directions returned direction_norm of shape \(\) for a weight of shape \(24,\)",
+        ),
+        (Stateful, "Stateful.accumulate returned 2 tensors; expected a tuple of tensors, one for each of"),
+        (NormalisesAhead, "NormalisesAhead.advance returned another weight for a layer in two parts"),
+    ],
+)
+def test_a_rule_that_no_cut_allows_is_refused_when_an_optimizer_is_built(rule, words):
+    cls = largebatch.register_rule(rule.__name__)(rule)
+    with pytest.raises(RuleError, match=words):
+        cls(layers(), lr=0.1)
+
+
+def test_the_plain_rule_is_right():
+    cls = largebatch.register_rule("Plain")(Plain)
+    parameters = layers()
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    before = [p.detach().clone() for p in parameters]
+    cls(parameters, lr=0.5, kernels="reference").step()
+    assert all(torch.equal(p, b - 0.5) for p, b in zip(parameters, before, strict=True))
+
+
+def test_declarations_that_are_refused():
+    for declared, words in (
+        ({"elementwise_state": "momentum"}, "elementwise_state is 'momentum'; expected a tuple of names"),
+        ({"elementwise_state": ("step",)}, "declares 'step' twice, or it is a name of ours"),
+        ({"norms": ("weight_norm",)}, "declares 'weight_norm' twice"),
+        ({"lr": 0.1, "__annotations__": {"lr": float}}, "has an option 'lr', which every optimizer has"),
+        ({"table": (1, 2), "__annotations__": {"table": tuple}}, "option table has type tuple and no check"),
+    ):
+        rule = type("Declared", (Plain,), declared)
+        with pytest.raises((TypeError, ValueError), match=words):
+            largebatch.register_rule("Declared")(rule)
+    for name in ("LAMB", "lars", "adamw"):
+        with pytest.raises(ValueError, match=f"the name '{name}' is taken"):
+            largebatch.register_rule(name)(type("Other", (Plain,), {}))
+    with pytest.raises(ValueError, match="the name of a rule is 'my rule'; expected letters, digits and _"):
+        largebatch.register_rule("my rule")
+    assert "declared" not in registry.OPTIMIZERS
+
+
+def test_a_rule_that_cannot_be_compiled_is_stepped_by_the_reference_and_the_log_says_so(caplog):
+    class Branches(Plain):
+        def advance(self, part, *, lr, ratios):
+            step = part.grad if float(ratios[0]) > 0.5 else -part.grad  # a value that only a run knows
+            return part.weight - lr * step, part.state
+
+    cls = largebatch.register_rule("Branches")(Branches)
+    parameters = layers(torch.float32)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    before = [p.detach().clone() for p in parameters]
+    with caplog.at_level(logging.INFO, "largebatch"):
+        cls(parameters, lr=0.5).step()
+    assert any("branches is stepped by 'reference'" in record.message for record in caplog.records)
+    assert all(torch.equal(p, b - 0.5) for p, b in zip(parameters, before, strict=True))
+
+
+def test_at_most_two_compilations_for_a_dtype_whatever_the_sizes_and_options():
+    from torch._dynamo.utils import counters
+
+    trained("SmoothedRatio", dtype=torch.float32)  # both passes are compiled now
+    before = counters["stats"]["unique_graphs"]
+    parameters = [torch.nn.Parameter(torch.randn(n)) for n in (2, 3, 5, 16, 17, 1000, 4096)]
+    optimizer = own_rules.SmoothedRatio(parameters, lr=0.1)
+    for step in range(4):
+        optimizer.param_groups[0]["momentum"] = 0.5 + 0.1 * step
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    assert counters["stats"]["unique_graphs"] == before > 0
