@@ -236,6 +236,7 @@ class LARSOptions(SharedOptions):
     lr_in_momentum: bool
     larc_clip: bool
     decay_in_ratio: bool
+    decay_before_norm: bool
     damp_ratio_by_momentum: bool
     skip_zero_norm_layers: bool
 
@@ -248,6 +249,11 @@ class LARSOptions(SharedOptions):
                         f"{name} is {getattr(self, name)!r} with formulation '2019', which has no such term; "
                         f"leave it at {default!r} or use formulation '2017'"
                     )
+        if self.decay_before_norm and not self.decay_in_ratio:
+            raise ValueError(
+                "decay_before_norm is true with decay_in_ratio false: the first takes weight decay into the norm of the gradient, the "
+                "second leaves it out of the ratio; drop one of them"
+            )
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov is true with momentum 0, where it has no effect; set momentum > 0 or drop it")
 
@@ -257,6 +263,7 @@ LARS_2017_ONLY = {
     "lr_in_momentum": True,
     "larc_clip": False,
     "decay_in_ratio": True,
+    "decay_before_norm": False,
     "damp_ratio_by_momentum": False,
     "skip_zero_norm_layers": False,
 }
@@ -317,6 +324,7 @@ CHECKS: dict[str, Check] = {
     "lr_in_momentum": boolean,
     "larc_clip": boolean,
     "decay_in_ratio": boolean,
+    "decay_before_norm": boolean,
     "damp_ratio_by_momentum": boolean,
     "skip_zero_norm_layers": boolean,
     "betas": betas,

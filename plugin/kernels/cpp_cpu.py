@@ -6,25 +6,20 @@ state is laid out otherwise, is worked on in a copy.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from largebatch.kernels.build import cpu_kernels
-from largebatch.kernels.interface import ALGORITHMS, Before, Decisions, LayerFigures, Segments
+from largebatch.kernels.interface import Before, Decisions, LayerFigures, Segments
 from largebatch.rules.rule import Rule
 
 
 def rule_options(rule: Rule) -> dict[str, Any]:
-    """A rule's options as csrc/trust_ratio.h names them."""
-    options = {name: getattr(rule, name) for name in rule.__dataclass_fields__}
-    options["algorithm"] = ALGORITHMS[type(rule)]
-    if "betas" in options:
-        options["beta1"], options["beta2"] = options.pop("betas")
-        correction = options.pop("bias_correction")
-        options |= {"bias_correction": correction is True, "bias_correction_in_lr": correction == "lr"}
-    return options
+    """A rule's options by their names: csrc/rule.h takes each of them, or raises KeyError."""
+    return {field.name: getattr(rule, field.name) for field in fields(rule)}
 
 
 class CppKernels:
@@ -133,6 +128,7 @@ def made(module: Any, segments: Segments, weights: list[Tensor], states: list[tu
         segments.decoupled_weight_decays,
         segments.are_adapted,
         segments.seeds,
+        segments.rule.name,
         rule_options(segments.rule),
         segments.may_overwrite_grads,
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from largebatch.kernels.triton_kernels import (
     second_kernel,
     square_kernel,
 )
+from largebatch.kernels.triton_rules import NUMBERS
 from largebatch.rules.rule import Rule
 
 logger = logging.getLogger("largebatch")
@@ -40,24 +41,68 @@ DTYPES = {
 }
 
 
-def option_table(rule: Rule) -> list[float]:
-    """A rule's numbers in the order of the constants in triton_rules."""
-    beta1, beta2 = getattr(rule, "betas", (0.0, 0.0))
-    low, high = rule.weight_norm_bounds or (0.0, 0.0)
-    ratio_low, ratio_high = rule.trust_ratio_bounds or (0.0, 0.0)
-    return [
-        beta1,
-        beta2,
-        math.log(beta1) if beta1 > 0 else 0.0,
-        math.log(beta2) if beta2 > 0 else 0.0,
-        rule.eps,
-        getattr(rule, "momentum", 0.0),
-        getattr(rule, "trust_coefficient", 1.0),
-        low,
-        high,
-        ratio_low,
-        ratio_high,
-    ]
+OF_LARS = ("momentum", "eps", "weight_norm_bounds", "trust_ratio_bounds")
+OF_LAMB = ("betas", "eps", "bias_correction", "weight_norm_bounds", "trust_ratio_bounds")
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "lars": (
+        *OF_LARS, "trust_coefficient", "nesterov", "lr_in_momentum", "larc_clip", "decay_in_ratio", "decay_before_norm",
+        "damp_ratio_by_momentum", "skip_zero_norm_layers",
+    ),
+    "lars2019": OF_LARS,
+    "lamb": OF_LAMB,
+    "nlamb": OF_LAMB,
+    "nnlamb": OF_LAMB,
+}  # fmt: skip
+"""Name of a rule -> the options that the kernels have formulas for."""
+
+
+def options_of(rule: Rule) -> dict[str, Any]:
+    """A rule's options by their names.
+
+    Raises:
+        KeyError: they are not those that the kernels know.
+    """
+    options = {field.name: getattr(rule, field.name) for field in fields(rule)}
+    if set(options) != set(OPTIONS[rule.name]):
+        raise KeyError(
+            f"the Triton kernels know {sorted(OPTIONS[rule.name])} of {rule.name}, and it has {sorted(options)}"
+        )
+    return options
+
+
+def numbers_of(rule: Rule) -> list[float]:
+    """A rule's numbers in the order of triton_rules.NUMBERS; 0 for those that it does not have."""
+    options = options_of(rule)
+    found = {name: options[name] for name in ("eps", "momentum", "trust_coefficient") if name in options}
+    if "betas" in options:
+        found["beta1"], found["beta2"] = options["betas"]
+        found |= {f"log_{n}": math.log(found[n]) if found[n] > 0 else 0.0 for n in ("beta1", "beta2")}
+    found["norm_low"], found["norm_high"] = options["weight_norm_bounds"] or (0.0, 0.0)
+    found["ratio_low"], found["ratio_high"] = options["trust_ratio_bounds"] or (0.0, 0.0)
+    return [found.get(name, 0.0) for name in NUMBERS]
+
+
+CORRECTIONS = {False: 0, True: 1, "lr": 2}
+
+
+def switches_of_passes(rule: Rule) -> dict[str, Any]:
+    """What both passes are compiled for."""
+    return {"ALGORITHM": ALGORITHMS[type(rule)], "CORRECTS": CORRECTIONS[options_of(rule).get("bias_correction", True)]}
+
+
+def switches_of_layers(rule: Rule) -> dict[str, Any]:
+    """What the layers' kernel is compiled for."""
+    options = options_of(rule)
+    is_2017 = rule.name == "lars"
+    return {
+        "ALGORITHM": ALGORITHMS[type(rule)],
+        "HAS_NORM_BOUNDS": options["weight_norm_bounds"] is not None,
+        "HAS_RATIO_BOUNDS": options["trust_ratio_bounds"] is not None,
+        "LARC_CLIP": is_2017 and options["larc_clip"],
+        "DECAY_IN_RATIO": is_2017 and options["decay_in_ratio"] and not options["decay_before_norm"],
+        "DAMPS": is_2017 and options["damp_ratio_by_momentum"],
+        "SKIPS_ZERO_NORMS": is_2017 and options["skip_zero_norm_layers"],
+    }
 
 
 def row_table(segments: Segments) -> list[list[float]]:
@@ -122,7 +167,7 @@ class Tables:
     rows: Tensor
     """[4, num_layers] fp64, see row_table."""
     rule_options: Tensor
-    """See option_table."""
+    """See numbers_of."""
     addresses: Tensor
     """[4 * num_spans + num_tensors] int64: of weights, gradients and both states; then of the step counts."""
     sums: Tensor
@@ -228,8 +273,7 @@ class TritonKernels:
             "num_layers": segments.num_layers,
             "rule_options": tables.rule_options,
             "grad_scale": tables.one if grad_scale is None else grad_scale.double(),
-            "ALGORITHM": ALGORITHMS[type(segments.rule)],
-            "CORRECTS": {False: 0, True: 1, "lr": 2}[getattr(segments.rule, "bias_correction", True)],
+            **switches_of_passes(segments.rule),
             "T": DTYPES[segments.dtype],
             "W": DTYPES[flat.weights[0].dtype],
             "G": DTYPES[flat.grads[0].dtype],
@@ -245,6 +289,7 @@ class TritonKernels:
             flat.tables.num_chunks,
             segments.device,
             sums=flat.tables.sums,
+            DECAY_BEFORE_NORM=options_of(segments.rule).get("decay_before_norm", False),
             **self.common(segments, flat, grad_scale),
         )
 
@@ -265,13 +310,7 @@ class TritonKernels:
             moved=tables.moved.view(torch.int8),
             stats=segments.stats if decides else decisions,
             DECIDES=decides,
-            ALGORITHM=ALGORITHMS[type(rule)],
-            HAS_NORM_BOUNDS=rule.weight_norm_bounds is not None,
-            HAS_RATIO_BOUNDS=rule.trust_ratio_bounds is not None,
-            LARC_CLIP=getattr(rule, "larc_clip", False),
-            DECAY_IN_RATIO=getattr(rule, "decay_in_ratio", True),
-            DAMPS=getattr(rule, "damp_ratio_by_momentum", False),
-            SKIPS_ZERO_NORMS=getattr(rule, "skip_zero_norm_layers", False),
+            **switches_of_layers(rule),
             T=DTYPES[segments.dtype],
             BLOCK=ROW_BLOCK,
         )
@@ -279,6 +318,7 @@ class TritonKernels:
     def second(
         self, segments: Segments, flat: FlatTensors, grad_scale: Tensor | None, decisions: Tensor, moved: Tensor
     ) -> None:
+        options = options_of(segments.rule)
         launch(
             second_kernel,
             flat.tables.num_chunks,
@@ -286,8 +326,8 @@ class TritonKernels:
             lr_pointer=flat.tables.lr,
             decisions=decisions,
             moved=moved.view(torch.int8),
-            IS_NESTEROV=getattr(segments.rule, "nesterov", False),
-            LR_IN_MOMENTUM=getattr(segments.rule, "lr_in_momentum", True),
+            IS_NESTEROV=options.get("nesterov", False),
+            LR_IN_MOMENTUM=options.get("lr_in_momentum", False),
             **self.common(segments, flat, grad_scale),
         )
 
@@ -301,7 +341,7 @@ class TritonKernels:
             tables = segments.prepared["triton"] = made(segments)
         if tables.num_changes != segments.num_changes:
             upload_(tables.rows, row_table(segments))
-            upload_(tables.rule_options, option_table(segments.rule))
+            upload_(tables.rule_options, numbers_of(segments.rule))
             tables.num_changes = segments.num_changes
         lr = segments.lr
         if isinstance(lr, Tensor) and lr.device.type != "cpu":
@@ -342,7 +382,7 @@ def made(segments: Segments) -> Tables:
         spans=uploaded(columns, torch.int64, device).reshape(4, -1),
         row_chunks=uploaded([first_chunks, ends], torch.int64, device),
         rows=uploaded(row_table(segments), torch.float64, device),
-        rule_options=uploaded(option_table(segments.rule), torch.float64, device),
+        rule_options=uploaded(numbers_of(segments.rule), torch.float64, device),
         addresses=zeros(4 * len(spans) + len(segments.steps), dtype=torch.int64),
         sums=zeros(2, len(owners)),
         decisions=zeros(3, segments.num_layers),

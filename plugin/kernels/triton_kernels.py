@@ -120,6 +120,7 @@ def first_chunk(
     rule_options,
     ALGORITHM: tl.constexpr,
     CORRECTS: tl.constexpr,
+    DECAY_BEFORE_NORM: tl.constexpr,
     T: tl.constexpr,
     W: tl.constexpr,
     G: tl.constexpr,
@@ -145,6 +146,8 @@ def first_chunk(
         w = loaded(weights, index, mask, T, IS_WIDE)
         g = loaded(grads, index, mask, T, IS_WIDE) * scale
         u = g
+        if DECAY_BEFORE_NORM:
+            u = g + decay * w
         if ALGORITHM != LARS2017_:
             old_m = loaded(state0, index, mask, T, IS_WIDE)
             if ALGORITHM == LARS2019_:
@@ -193,6 +196,7 @@ def first_kernel(
     sums,  # [2, num_chunks] fp64, written
     ALGORITHM: tl.constexpr,
     CORRECTS: tl.constexpr,
+    DECAY_BEFORE_NORM: tl.constexpr,
     T: tl.constexpr,
     W: tl.constexpr,
     G: tl.constexpr,
@@ -211,12 +215,12 @@ def first_kernel(
     if is_wide(start, numel, w, g, state0, state1, CHUNK):
         weight_sum, direction_sum = first_chunk(
             w, g, state0, state1, start, numel, layer_start, step, seed, scale, decay, rule_options,
-            ALGORITHM, CORRECTS, T, W, G, S, True, CHUNK, BLOCK,
+            ALGORITHM, CORRECTS, DECAY_BEFORE_NORM, T, W, G, S, True, CHUNK, BLOCK,
         )  # fmt: skip
     else:
         weight_sum, direction_sum = first_chunk(
             w, g, state0, state1, start, numel, layer_start, step, seed, scale, decay, rule_options,
-            ALGORITHM, CORRECTS, T, W, G, S, False, CHUNK, BLOCK,
+            ALGORITHM, CORRECTS, DECAY_BEFORE_NORM, T, W, G, S, False, CHUNK, BLOCK,
         )  # fmt: skip
     tl.store(sums + chunk, weight_sum)
     tl.store(sums + num_chunks + chunk, direction_sum)

@@ -6,9 +6,14 @@ import triton.language as tl
 LARS2017_, LARS2019_, LAMB_, NLAMB_, NNLAMB_ = (tl.constexpr(i) for i in range(5))
 NO_CORRECTION, CORRECTION, CORRECTION_IN_LR = (tl.constexpr(i) for i in range(3))
 
-# rows of the fp64 table of a rule's options; see triton_gpu.option_table
+NUMBERS = (
+    "beta1", "beta2", "log_beta1", "log_beta2", "eps", "momentum", "trust_coefficient", "norm_low", "norm_high", "ratio_low",
+    "ratio_high",
+)  # fmt: skip
+"""Rows of the fp64 table of a rule's numbers; see triton_gpu.numbers_of."""
+
 (BETA1, BETA2, LOG_BETA1, LOG_BETA2, EPS, MOMENTUM, TRUST_COEFFICIENT, NORM_LOW, NORM_HIGH, RATIO_LOW, RATIO_HIGH) = (
-    tl.constexpr(i) for i in range(11)
+    tl.constexpr(i) for i in range(len(NUMBERS))
 )
 
 

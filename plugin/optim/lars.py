@@ -32,6 +32,7 @@ class LARS(LayerwiseOptimizer):
             it multiplies the momentum (timm, LARC).
         larc_clip: local learning rate min(lr, ratio) in place of lr * ratio (LARC, NVCaffe "clip").
         decay_in_ratio: wd ||w|| in the denominator; False: ||g|| alone (NVCaffe).
+        decay_before_norm: ||g + wd w|| in the denominator, as most self-supervised training codes have it.
         damp_ratio_by_momentum: ratio times (1 - momentum) (NVCaffe).
         skip_zero_norm_layers: a layer with a zero norm is left without weight decay and clip (LARC).
         decoupled_weight_decay: w <- (1 - lr wd) w in place of wd w in the gradient (arXiv:1711.05101).
@@ -70,6 +71,7 @@ class LARS(LayerwiseOptimizer):
         lr_in_momentum: bool = True,
         larc_clip: bool = False,
         decay_in_ratio: bool = True,
+        decay_before_norm: bool = False,
         damp_ratio_by_momentum: bool = False,
         skip_zero_norm_layers: bool = False,
         decoupled_weight_decay: bool = False,

@@ -22,6 +22,7 @@ Deviations from the paper (all off by default, each an option):
 - ``larc_clip``: gamma lambda becomes min(gamma, lambda) (apex LARC ``clip=True``; NVCaffe policy "clip").
 - ``nesterov``: as in torch.optim.SGD (MLPerf TensorFlow reference, timm).
 - ``decay_in_ratio=False``: ||g|| alone in the denominator (NVCaffe ``GetLocalRate``).
+- ``decay_before_norm``: ||g + beta w|| in the denominator (SimCLR, BYOL, Barlow Twins, VICReg, MoCo v3, MAE, DINO, optax).
 - ``damp_ratio_by_momentum``: lambda times (1 - m) (NVCaffe ``GetLocalRate``).
 - ``skip_zero_norm_layers``: a layer with a zero norm also loses its weight decay and its clip (apex LARC).
 - ``decoupled_weight_decay``: w <- (1 - gamma beta) w before the step, beta = 0 elsewhere (arXiv:1711.05101).
@@ -54,18 +55,19 @@ class LARS2017(Rule):
     lr_in_momentum: bool
     larc_clip: bool
     decay_in_ratio: bool
+    decay_before_norm: bool
     damp_ratio_by_momentum: bool
     skip_zero_norm_layers: bool
     weight_norm_bounds: tuple[float, float] | None
     trust_ratio_bounds: tuple[float, float] | None
 
     def directions(self, part: Part) -> tuple[Tensor, ...]:
-        return (part.grad,)
+        return (part.grad + part.weight_decay * part.weight if self.decay_before_norm else part.grad,)
 
     def trust_ratio(self, layers: Layers) -> tuple[Tensor, ...]:
-        # lambda = eta ||w|| / (||g|| + beta ||w||)
+        # lambda = eta ||w|| / (||g|| + beta ||w||), or eta ||w|| / ||g + beta w||
         weight_norm, (grad_norm,) = layers.weight_norm, layers.norms
-        decayed = layers.weight_decay * weight_norm if self.decay_in_ratio else 0.0
+        decayed = layers.weight_decay * weight_norm if self.decay_in_ratio and not self.decay_before_norm else 0.0
         coefficient = self.trust_coefficient * ((1 - self.momentum) if self.damp_ratio_by_momentum else 1.0)
         ratio = guarded_ratio(
             coefficient * phi(weight_norm, self.weight_norm_bounds),

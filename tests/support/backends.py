@@ -20,6 +20,8 @@ OPTION_SETS = [
     (LARS, {"weight_decay": 5e-4, "lr_in_momentum": False, "nesterov": True, "larc_clip": True}),
     (LARS, {"weight_decay": 5e-4, "larc_clip": True, "skip_zero_norm_layers": True}),
     (LARS, {"weight_decay": 5e-4, "decay_in_ratio": False, "damp_ratio_by_momentum": True}),
+    (LARS, {"weight_decay": 0.1, "decay_before_norm": True, "lr_in_momentum": False}),
+    (LARS, {"weight_decay": 0.1, "decay_before_norm": True, "larc_clip": True, "max_grad_norm": 0.5}),
     (LARS, {"weight_decay": 0.1, "decoupled_weight_decay": True}),
     (LARS, {"weight_norm_bounds": (0.5, 2.0), "trust_ratio_bounds": (0.001, 0.01)}),
     (LARS, {"formulation": "2019", "weight_decay": 0.01}),

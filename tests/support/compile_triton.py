@@ -40,7 +40,7 @@ def cases():
     for algorithm in ALGORITHMS.values():
         for types_name, types in (("fp32", FP32), ("half", HALF), ("fp64", FP64)):
             both = {"ALGORITHM": algorithm, "CORRECTS": 1, "HAS_STEPS": algorithm >= 2 or types is HALF} | types | SIZES
-            yield f"first {algorithm} {types_name}", kernels.first_kernel, both
+            yield f"first {algorithm} {types_name}", kernels.first_kernel, both | {"DECAY_BEFORE_NORM": algorithm == 0}
             second = both | {"IS_NESTEROV": algorithm == 0, "LR_IN_MOMENTUM": types is FP32}
             yield f"second {algorithm} {types_name}", kernels.second_kernel, second
         options = ("HAS_NORM_BOUNDS", "HAS_RATIO_BOUNDS", "LARC_CLIP", "DECAY_IN_RATIO", "DAMPS", "SKIPS_ZERO_NORMS")

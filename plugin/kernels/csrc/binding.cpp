@@ -3,6 +3,7 @@
 #include <torch/extension.h>
 
 #include <array>
+#include <string>
 #include <vector>
 
 #include "instruction_sets.h"
@@ -50,7 +51,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   py::class_<Plan>(module, "Plan")
       .def(py::init<std::vector<at::Tensor>, std::vector<std::vector<at::Tensor>>, std::vector<at::Tensor>,
                     const std::vector<std::array<int64_t, 5>>&, std::vector<double>, std::vector<double>,
-                    std::vector<bool>, std::vector<uint32_t>, const py::dict&, bool>())
+                    std::vector<bool>, std::vector<uint32_t>, const std::string&, const py::dict&, bool>())
       .def("look_up", &Plan::look_up)
       .def("find_gradients", &Plan::find_gradients)
       .def("count", &Plan::count)

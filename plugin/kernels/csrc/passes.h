@@ -20,7 +20,8 @@ constexpr int num_lanes = 16;
 struct Scalars {
   double grad_scale;
   double weight_decay;  // coupled; of the first pass the configured one, of the second the one in force
-  double shrinkage;     // 1 - lr * decoupled weight decay
+  double decay_in_direction;  // of LARS: coupled weight decay that belongs to the vector whose norm is taken, or 0
+  double shrinkage;           // 1 - lr * decoupled weight decay
   double beta1, beta2, eps;
   double grad_in_m_hat, m_in_m_hat;  // m_hat = m_in_m_hat * m + grad_in_m_hat * g
   double grad_in_v_hat, v_in_v_hat;  // v_hat = v_in_v_hat * v + grad_in_v_hat * g^2

@@ -9,6 +9,7 @@
 #include <atomic>
 #include <cmath>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "chunk_queues.h"
@@ -37,10 +38,11 @@ class Plan {
   Plan(std::vector<at::Tensor> weights, const std::vector<std::vector<at::Tensor>>& states, std::vector<at::Tensor> steps,
        const std::vector<std::array<int64_t, 5>>& spans, const std::vector<double>& weight_decays,
        const std::vector<double>& decoupled_weight_decays, const std::vector<bool>& are_adapted,
-       const std::vector<uint32_t>& seeds, const py::dict& rule, bool may_overwrite_grads)
+       const std::vector<uint32_t>& seeds, const std::string& rule, const py::dict& options,
+       bool may_overwrite_grads)
       : lookup_(std::move(weights), states, std::move(steps)),
         may_overwrite_grads_(may_overwrite_grads),
-        rule_(rule_of(rule)) {
+        rule_(rule_of(rule, options)) {
     for (size_t row = 0; row < weight_decays.size(); ++row)
       treatments_.push_back({weight_decays[row], decoupled_weight_decays[row], seeds[row], are_adapted[row]});
     // short layers side by side, so that a thread has many of them in a row and asks for each in time
@@ -213,6 +215,7 @@ class Plan {
         if (step != last_step) common = scalars_of(rule_, last_step = step, grad_scale);
         layer.scalars = common;
         layer.scalars.weight_decay = treatments_[rows_[l]].weight_decay;
+        layer.scalars.decay_in_direction = rule_.decay_before_norm ? layer.scalars.weight_decay : 0.0;
         layer.rounding_key = rounding_key(treatments_[rows_[l]].seed, step);
         set(layer, place, starts_[l]);
         if (layer.state_dtype == Dtype::bf16) can_keep = false;

@@ -14,6 +14,7 @@ struct Rule {
   double beta1 = 0, beta2 = 0, eps = 0, momentum = 0, trust_coefficient = 1;
   bool bias_correction = false, bias_correction_in_lr = false;
   bool nesterov = false, lr_in_momentum = true, larc_clip = false, decay_in_ratio = true;
+  bool decay_before_norm = false;
   bool damp_ratio_by_momentum = false, skip_zero_norm_layers = false;
   bool has_weight_norm_bounds = false, has_trust_ratio_bounds = false;
   double weight_norm_bounds[2] = {}, trust_ratio_bounds[2] = {};
@@ -26,7 +27,7 @@ inline double trust_ratio(const Rule& rule, double weight_norm, double direction
   double numerator = rule.has_weight_norm_bounds ? clamped(weight_norm, rule.weight_norm_bounds) : weight_norm;
   double denominator = direction_norm;
   if (rule.algorithm == Algorithm::lars2017) {
-    const double decayed = rule.decay_in_ratio ? weight_decay * weight_norm : 0.0;
+    const double decayed = rule.decay_in_ratio && !rule.decay_before_norm ? weight_decay * weight_norm : 0.0;
     numerator = rule.trust_coefficient * (rule.damp_ratio_by_momentum ? 1.0 - rule.momentum : 1.0) * numerator;
     denominator = direction_norm + decayed + rule.eps;
   } else if (rule.algorithm == Algorithm::lars2019) {
