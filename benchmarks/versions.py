@@ -152,12 +152,12 @@ def cell(line: dict[str, object] | None) -> str:
     return str(line["problem"]) if "problem" in line else f"{line['passed']} / {line['failed']} / {line['skipped']}"
 
 
-def table(environments: list[Environment], results: dict[tuple[str, str], dict[str, object]]) -> str:
-    rows = [("DeepSpeed", "torch", "Python", *OF_THE_TABLE), ("---",) * (3 + len(OF_THE_TABLE))]
-    rows += [
-        (e.deepspeed, e.torch, e.python, *(cell(results.get((e.name, column))) for column in OF_THE_TABLE))
-        for e in environments
-    ]
+def table(
+    environments: list[Environment], results: dict[tuple[str, str], dict[str, object]], columns: list[str]
+) -> str:
+    rows = [("DeepSpeed", "torch", "Python", *columns), ("---",) * (3 + len(columns))]
+    for e in environments:
+        rows.append((e.deepspeed, e.torch, e.python, *(cell(results.get((e.name, column))) for column in columns)))
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
@@ -183,8 +183,8 @@ def main() -> int:
                     file.write(json.dumps(line) + "\n")
     results = known_results(path)
     if arguments.report:
-        arguments.report.write_text(table(list(ENVIRONMENTS), results))
-    print(table(chosen, results))
+        arguments.report.write_text(table(list(ENVIRONMENTS), results, OF_THE_TABLE))
+    print(table(chosen, results, arguments.columns))
     wanted = [results[environment.name, column] for environment in chosen for column in arguments.columns]
     return int(any(line.get("failed") or "problem" in line for line in wanted))
 

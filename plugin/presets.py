@@ -11,6 +11,13 @@ from typing import Any
 
 BIAS_AND_NORM = ("bias", "norm")
 
+WITHOUT_BIAS_AND_NORM = {"exclude_from_adaptation": BIAS_AND_NORM, "exclude_from_weight_decay": BIAS_AND_NORM}
+WITHOUT_VECTORS = {"exclude_from_adaptation": ("ndim==1",), "exclude_from_weight_decay": ("ndim==1",)}
+WITHOUT_SCALARS_AND_VECTORS = {"exclude_from_adaptation": ("ndim<=1",), "exclude_from_weight_decay": ("ndim<=1",)}
+
+SELF_SUPERVISED = {"decay_before_norm": True, "lr_in_momentum": False}
+"""q = eta ||w|| / ||g + wd w||; v <- m v + q (g + wd w); w <- w - lr v."""
+
 LARS_PRESETS: dict[str, dict[str, Any]] = {
     # arXiv:1708.03888, Algorithm 1
     "paper": {},
@@ -31,6 +38,28 @@ LARS_PRESETS: dict[str, dict[str, Any]] = {
     "timm": {"eps": 1e-8, "lr_in_momentum": False, "adapt_undecayed": False},
     # NVIDIA/caffe sgd_solver.cpp GetLocalRate with policy "clip", the code behind arXiv:1708.03888
     "author": {"larc_clip": True, "decay_in_ratio": False, "damp_ratio_by_momentum": True},
+    # google-research/simclr lars_optimizer.py: the learning rate inside the momentum
+    "simclr": {"decay_before_norm": True} | WITHOUT_BIAS_AND_NORM,
+    # deepmind-research/byol utils/optimizers.py
+    "byol": SELF_SUPERVISED | WITHOUT_BIAS_AND_NORM,
+    # facebookresearch/barlowtwins main.py; what is excluded has a learning rate of its own there: a second param group
+    "barlow_twins": SELF_SUPERVISED | WITHOUT_VECTORS,
+    # facebookresearch/vicreg main_vicreg.py
+    "vicreg": SELF_SUPERVISED | WITHOUT_VECTORS,
+    # facebookresearch/moco-v3 moco/optimizer.py
+    "moco_v3": SELF_SUPERVISED | WITHOUT_SCALARS_AND_VECTORS,
+    # facebookresearch/mae util/lars.py
+    "mae_linear_probe": SELF_SUPERVISED | WITHOUT_SCALARS_AND_VECTORS,
+    # facebookresearch/swav main_swav.py: apex LARC with clip=False around SGD, nothing excluded
+    "swav": {"eps": 1e-8, "lr_in_momentum": False, "skip_zero_norm_layers": True},
+    # lightly/utils/lars.py: param groups without weight decay are not adapted; norms and biases are put into such a group
+    "lightly": {
+        "eps": 1e-8,
+        "lr_in_momentum": False,
+        "skip_zero_norm_layers": True,
+        "adapt_undecayed": False,
+        "exclude_from_weight_decay": BIAS_AND_NORM,
+    },
 }
 
 LAMB_PRESETS: dict[str, dict[str, Any]] = {

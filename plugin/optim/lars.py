@@ -42,7 +42,8 @@ class LARS(LayerwiseOptimizer):
         max_grad_norm: > 0, clip of the norm of all gradients before the step; None for none.
         exclude_from_adaptation, exclude_from_weight_decay: "bias", "norm" (by module type with ``model``, else by
             name), "ndim<=1", "ndim==1" (by shape) and regular expressions for names. Excluded from adaptation: ratio 1.
-        preset: "paper", "mlperf", "apex", "timm" or "author": fills in the options not given; see largebatch.presets.
+        preset: "paper", "mlperf", "apex", "timm", "author"; of self-supervised training "simclr", "byol", "barlow_twins", "vicreg",
+            "moco_v3", "mae_linear_probe", "swav", "lightly": fills in the options not given; see largebatch.presets.
         kernels: "auto", "reference", "cpp" (CPU), "triton" or "apex" (CUDA); see largebatch.kernels.dispatch.
         state_dtype: "fp32", or "bf16" for state of half the size with stochastic rounding.
         overwrite_grads: let step() leave its intermediate results in the gradients; LAMB gains from it, LARS does not.
