@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from largebatch.kernels.interface import Before, Decisions, Segments, uploaded
+from largebatch.kernels.interface import Before, Decisions, Segments, step_of_layers, uploaded
 from largebatch.kernels.reference import ReferenceKernels, all_finite
-from largebatch.rules.rule import Part, Rule, as_step
+from largebatch.rules.rule import Part, Rule
 
 logger = logging.getLogger("largebatch")
 
@@ -343,7 +343,7 @@ class CompiledKernels(ReferenceKernels):
 def known_of(segments: Segments, grad_scale: Tensor | None, before: Before | None) -> PerLayer:
     """What is known of the layers before the first pass."""
     device = segments.device
-    step = as_step(segments.steps, segments.rows, device)
+    step = step_of_layers(segments.steps, segments.rows, device)
     ones = torch.ones_like(step)
     return PerLayer(
         tuple(uploaded(numbers_of(segments.rule), torch.float64, device).unbind()),

@@ -52,6 +52,19 @@ def upload_(target: Tensor, values: Sequence[Any]) -> None:
     target.copy_(on_host(values, target.dtype, target.device).reshape(target.shape), non_blocking=True)
 
 
+def step_of_layers(steps: Sequence[Tensor], rows: Sequence[int], device: torch.device) -> Tensor:
+    """[num_layers] fp64: t of the step being taken; zeros if nobody counts.
+
+    Args:
+        steps: 0-dim each, of every tensor, or empty.
+        rows: [num_tensors] how many layers each tensor has.
+    """
+    if not steps:
+        return torch.zeros(sum(rows), dtype=torch.float64, device=device)
+    counts = torch.stack([step.to(device, torch.float64) for step in steps]) + 1
+    return counts.repeat_interleave(uploaded(rows, torch.int64, device), output_size=sum(rows))
+
+
 class Span(NamedTuple):
     """A segment: the part of a layer that lies in a tensor.
 

@@ -12,12 +12,22 @@ from torch import Tensor
 
 from largebatch.config import CommonOptions
 from largebatch.exclusion import LayerPolicy
-from largebatch.kernels.interface import Before, Decisions, Kernels, LayerFigures, Segments, Span, upload_, uploaded
+from largebatch.kernels.interface import (
+    Before,
+    Decisions,
+    Kernels,
+    LayerFigures,
+    Segments,
+    Span,
+    step_of_layers,
+    upload_,
+    uploaded,
+)
 from largebatch.layer_map.dtensor import local_part
 from largebatch.layer_map.reduce import all_reduce_sums_
 from largebatch.optim.layer_table import Layout, ProcessGroups
 from largebatch.optim.state import LAYER_STATE, needs_step
-from largebatch.rules.rule import Layers, Rule, as_step
+from largebatch.rules.rule import Layers, Rule
 
 
 class LayerNames(tuple[str, ...]):
@@ -180,7 +190,7 @@ class Call:
     ) -> Layers:
         segments = self.segments
         decay = self.constant("weight_decays", torch.float64)
-        find_step = functools.partial(as_step, segments.steps, segments.rows, segments.device)
+        find_step = functools.partial(step_of_layers, segments.steps, segments.rows, segments.device)
         return Layers(weight_norm, norms, norms_before, layer_state, segments.lr, decay, find_step)
 
     def layer_state(self) -> tuple[Tensor, ...]:

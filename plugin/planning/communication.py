@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from largebatch.config import nearest_hint
-from largebatch.planning.memory import LAYERWISE, OFFLOADS, Layout
+from largebatch.planning.memory import OFFLOADS, Layout
 
-BYTES_PER_LAYER = 16
-"""Of our own all-reduce: two sums of squares in fp64 for each layer."""
+SUMS_OF_SQUARES = dict.fromkeys(("lars", "lamb", "nlamb", "nnlamb"), (2,)) | {"lans": (1, 3)}
+"""Optimizer -> in each of our own all-reduces of a step, how many fp64 sums for each layer."""
 
 PREFETCH_ELEMENTS = 50_000_000
 """DeepSpeed's stage3_prefetch_bucket_size."""
@@ -169,8 +169,9 @@ def traffic(layers: Sequence[int], layout: Layout, *, optimizer: str, accumulati
         found.append(Traffic("all_gather", "weights", width * gathered * passes * accumulation_steps, calls))
         if persistent:
             found.append(Traffic("all_gather", "small weights", width * sum(persistent), len(persistent)))
-    if optimizer in LAYERWISE and (layout.stage > 0):
-        found.append(Traffic("all_reduce", "sums of squares", BYTES_PER_LAYER * len(layers), 1))
+    if optimizer in SUMS_OF_SQUARES and layout.stage > 0:
+        sums = SUMS_OF_SQUARES[optimizer]
+        found.append(Traffic("all_reduce", "sums of squares", 8 * sum(sums) * len(layers), len(sums)))
     return found
 
 

@@ -27,11 +27,9 @@ DEFAULT_BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's reduce_bucket_size, and what stage 0 flattens at a time."""
 
 STATE_BYTES = {
-    "sgd": 0, "momentum": 4, "lars": 4, "lamb": 8, "nlamb": 8, "nnlamb": 8, "adam": 8, "adamw": 8, "adagrad": 4,
+    "sgd": 0, "momentum": 4, "lars": 4, "lamb": 8, "nlamb": 8, "nnlamb": 8, "lans": 8, "adam": 8, "adamw": 8, "adagrad": 4,
 }  # fmt: skip
 """Bytes of fp32 optimizer state per parameter; "sgd" is without momentum."""
-
-LAYERWISE = ("lars", "lamb", "nlamb", "nnlamb")
 
 PARTS = (
     "weights", "masters", "optimizer_state", "gradients", "accumulation_buffer", "bucket", "activations", "workspace",

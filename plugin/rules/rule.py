@@ -17,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -140,17 +139,3 @@ class Rule:
     def figures(cls) -> tuple[str, ...]:
         """Names of the rows of largebatch.telemetry.LayerStats."""
         return ("weight_norm", *cls.norms, *cls.ratios, "local_lr", "weight_decay", *cls.norms_before, *cls.layer_state)
-
-
-def as_step(steps: list[Tensor], rows: list[int], device: torch.device) -> Tensor:
-    """[num_layers] fp64: t of the step being taken.
-
-    Args:
-        steps: 0-dim each, of every tensor; empty if nobody counts.
-        rows: [num_tensors] how many layers each tensor has.
-    """
-    num_layers = sum(rows)
-    if not steps:
-        return torch.zeros(num_layers, dtype=torch.float64, device=device)
-    counts = torch.stack([step.to(device, torch.float64) for step in steps]) + 1
-    return counts.repeat_interleave(torch.tensor(rows, device=device), output_size=num_layers)

@@ -11,6 +11,8 @@ import torch
 import largebatch
 from largebatch.optim import registry
 from largebatch.optim.rule_check import RuleError
+from largebatch.planning.communication import SUMS_OF_SQUARES
+from largebatch.planning.memory import STATE_BYTES
 from support import own_rules
 from support.problems import relative_error
 
@@ -252,3 +254,15 @@ def test_at_most_two_compilations_for_a_dtype_whatever_the_sizes_and_options():
             parameter.grad = torch.randn_like(parameter)
         optimizer.step()
     assert counters["stats"]["unique_graphs"] == before > 0
+
+
+@pytest.mark.parametrize("name", registry.OPTIMIZERS)
+def test_the_plan_knows_the_sums_and_the_state_of_every_optimizer_of_ours(name):
+    if name in map(str.lower, own_rules.OPTIONS):
+        pytest.skip("a rule of the tests")
+    cls = registry.OPTIMIZERS[name]
+    optimizer = cls([torch.zeros(1)], lr=0.1)
+    rule = optimizer.make_rule(optimizer._group_options(optimizer.param_groups[0]))
+    before = (len(rule.norms_before),) if rule.norms_before else ()
+    assert SUMS_OF_SQUARES[name] == (*before, 1 + len(rule.norms))
+    assert STATE_BYTES[name] == 4 * len(rule.elementwise_state)
