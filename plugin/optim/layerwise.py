@@ -171,13 +171,17 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         """The rule of a param group."""
         return rule_of(self.rule_class, options)
 
+    @staticmethod
+    def check_rule(rule: Rule) -> None:
+        """Raises if a rule that was just made treats layers as no cut allows; ours are known not to."""
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """See torch.optim.Optimizer. Options given in the group are checked like the constructor's."""
         param_group = self._checked_group(param_group)
         if self._is_built and "lr" not in param_group and isinstance(self.defaults["lr"], Tensor):
             param_group["lr"] = self.defaults["lr"].clone()
         options = self._group_options(self.defaults | param_group)  # before anything is added
-        self.make_rule(options)
+        self.check_rule(self.make_rule(options))
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group.update(vars(options))

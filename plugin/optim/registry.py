@@ -113,7 +113,7 @@ def optimizer_of(rule_class: type[Rule], lr: float | None, presets: dict[str, Ma
         "options_class": make_dataclass(f"{rule_class.__name__}Options", copies, bases=(CommonOptions,), frozen=True),
         "checkpoint_names": names_in_checkpoints(rule_class),
         "presets": {"paper": {}} | presets,
-        "make_rule": checked_rule,
+        "check_rule": staticmethod(check_rule),
     }
     return type(LayerwiseOptimizer)(rule_class.__name__, (LayerwiseOptimizer,), members)
 
@@ -121,13 +121,6 @@ def optimizer_of(rule_class: type[Rule], lr: float | None, presets: dict[str, Ma
 def parameter(name: str, default: Any, *, keyword_only: bool = True) -> inspect.Parameter:
     kind = inspect.Parameter.KEYWORD_ONLY if keyword_only else inspect.Parameter.POSITIONAL_OR_KEYWORD
     return inspect.Parameter(name, kind, default=default)
-
-
-def checked_rule(self: LayerwiseOptimizer, options: Any) -> Rule:
-    """See ``LayerwiseOptimizer.make_rule``."""
-    rule = LayerwiseOptimizer.make_rule(self, options)
-    check_rule(rule)
-    return rule
 
 
 def check_declarations(rule_class: type[Rule]) -> None:
