@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from largebatch.planning.communication import SUMS_OF_SQUARES
 from support import engine_runs
 from support.problems import relative_error
 
@@ -210,15 +211,16 @@ def collectives_of_a_step(algorithm, stage, num_groups):
 @pytest.mark.parametrize("num_groups", [1, 2])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("algorithm", engine_runs.ALGORITHMS)
-def test_one_all_reduce_of_16_bytes_a_layer(rank_pool, algorithm, stage, num_groups):
+def test_one_all_reduce_of_16_bytes_a_layer_and_two_for_lans(rank_pool, algorithm, stage, num_groups):
     results = rank_pool.run(2, collectives_of_a_step, algorithm, stage, num_groups)
     for sent, num_calls in results:
         if stage == 0:
             assert sent == [], "every rank holds whole layers"
         else:
-            assert len(sent) == num_calls, "one collective per call of the optimizer's step"
+            sums = SUMS_OF_SQUARES[algorithm.lower()]  # of LANS in two phases
+            assert len(sent) == num_calls * len(sums), "one collective for each phase of a call of the optimizer's step"
             assert {(name, dtype) for name, dtype, _ in sent} == {("all_reduce", torch.float64)}
-            assert sum(numel for *_, numel in sent) == 2 * len(engine_runs.SHAPES), "two fp64 numbers a layer"
+            assert sum(numel for *_, numel in sent) == sum(sums) * len(engine_runs.SHAPES), "fp64 numbers of each layer"
     (alone,) = rank_pool.run(1, collectives_of_a_step, algorithm, stage, num_groups)
     assert alone[0] == [], "nothing is sent in a world of one"
 

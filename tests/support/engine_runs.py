@@ -24,7 +24,8 @@ ALGORITHMS = {
     "LAMB": {"lr": 0.02, "weight_decay": 0.05},
     "NLAMB": {"lr": 0.02, "betas": [0.9, 0.99], "weight_decay": 0.05},
     "NNLAMB": {"lr": 0.02, "betas": [0.9, 0.99], "weight_decay": 0.05},
-    "LANS": {"lr": 0.02, "betas": [0.9, 0.99], "weight_decay": 0.05},
+    # the compiled kernels are those of own_rules; here the bits of all cuts are compared
+    "LANS": {"lr": 0.02, "betas": [0.9, 0.99], "weight_decay": 0.05, "kernels": "reference"},
 }
 OPTIONS = ALGORITHMS | own_rules.OPTIONS
 
