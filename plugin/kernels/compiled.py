@@ -81,8 +81,8 @@ def first_pass(rule: Rule, part: Part, weight: Tensor, states: tuple[Tensor, ...
         is_finite = is_finite & all_finite(*fresh)
         fresh = tuple(torch.where(is_finite, new, old) for new, old in zip(fresh, part.state, strict=True))
         part = part._replace(state=stored(states, fresh))
-    directions = rule.directions(part) if rule.norms else ()
-    return squares((part.weight, *(torch.where(is_finite, direction, torch.nan) for direction in directions)))
+    directions = [torch.where(is_finite, direction, torch.nan) for direction in rule.directions(part)]
+    return squares((part.weight, *directions))
 
 
 def second_pass(rule: Rule, part: Part, weight: Tensor, states: tuple[Tensor, ...], known: PerLayer) -> None:

@@ -135,6 +135,12 @@ def check_declarations(rule_class: type[Rule]) -> None:
         names = getattr(rule_class, declaration)
         if not isinstance(names, tuple) or not all(isinstance(n, str) and n.isidentifier() for n in names):
             reject(f"{title}.{declaration}", names, "a tuple of names, such as ('exp_avg',)", TypeError)
+    for declaration in ("norms", "ratios"):
+        if not getattr(rule_class, declaration):
+            raise ValueError(
+                f"{title}.{declaration} is empty; expected at least one name: by the norm of a direction a NaN in a layer is noticed, and "
+                "a rule without a trust ratio returns ones"
+            )
     named = [*rule_class.figures(), *rule_class.elementwise_state, "step", LAYER_STATE]
     for name in named:
         if named.count(name) > 1:

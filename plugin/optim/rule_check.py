@@ -58,7 +58,7 @@ def check_parts(rule: Rule, part: Part, ratios: tuple[Tensor, ...]) -> None:
     functions: dict[str, tuple[Callable[[Part], tuple[Tensor, ...]], Sequence[str]]] = {
         "vectors_before": (rule.vectors_before, rule.norms_before),
         "accumulate": (rule.accumulate, rule.elementwise_state),
-        "directions": (rule.directions if rule.norms else lambda part: (), rule.norms),
+        "directions": (rule.directions, rule.norms),
         "advance": (advanced, ("weight", *rule.elementwise_state)),
     }
     for name, (function, results) in functions.items():
@@ -100,8 +100,6 @@ def check_layers(rule: Rule, numbers: Callable[..., Tensor], weight_decay: float
         ("weight_decay_in_force", ("weight_decay",), False),
         ("layer_state_after", rule.layer_state, False),
     ):
-        if name == "trust_ratio" and not rule.ratios:
-            continue
 
         def function(index: slice, name: str = name, is_before: bool = is_before) -> Any:
             found = getattr(rule, name)(layers(index, is_before=is_before))

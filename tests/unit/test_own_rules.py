@@ -209,6 +209,8 @@ def test_declarations_that_are_refused():
     for declared, words in (
         ({"elementwise_state": "momentum"}, "elementwise_state is 'momentum'; expected a tuple of names"),
         ({"elementwise_state": ("step",)}, "declares 'step' twice, or it is a name of ours"),
+        ({"norms": ()}, "Declared.norms is empty; expected at least one name"),
+        ({"ratios": ()}, "Declared.ratios is empty; expected at least one name"),
         ({"norms": ("weight_norm",)}, "declares 'weight_norm' twice"),
         ({"lr": 0.1, "__annotations__": {"lr": float}}, "has an option 'lr', which every optimizer has"),
         ({"table": (1, 2), "__annotations__": {"table": tuple}}, "option table has type tuple and no check"),
