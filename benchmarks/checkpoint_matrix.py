@@ -121,7 +121,7 @@ def main() -> int:
     campaign, start = Campaign(folder), time.perf_counter()
     try:
         pairs = defaultdict(list)
-        for algorithm in ("LARS", "LAMB"):
+        for algorithm in ("LARS", "LAMB", "LANS"):
             for saved in LAYOUTS:
                 for layout in LAYOUTS:
                     found = campaign.resume(algorithm, saved, layout)
@@ -129,7 +129,7 @@ def main() -> int:
                 print(f"{algorithm} saved on {saved[0]} ranks at stage {saved[1]['stage']}: done", flush=True)
         samples, generator = defaultdict(list), random.Random(arguments.seed)
         for number in range(arguments.samples):
-            algorithm = generator.choice(("LARS", "LAMB", "NLAMB", "NNLAMB"))
+            algorithm = generator.choice(("LARS", "LAMB", "NLAMB", "NNLAMB", "LANS"))
             saved, layout = random_layout(generator), random_layout(generator)
             found = campaign.resume(algorithm, saved, layout, generator.choice((1, 2)))
             precisions = " to ".join(x[1]["dtype"] for x in (saved, layout))
@@ -154,7 +154,7 @@ def main() -> int:
         "",
         f"{arguments.samples} pairs drawn at random (seed {arguments.seed}) over world size, stage, precision, optimizer and parameter "
         "offload, fp32 accumulation, accumulation steps, sub-group size, round-robin gradients, one or two param groups, and LARS, "
-        "LAMB, NLAMB, NNLAMB; by precision:",
+        "LAMB, NLAMB, NNLAMB, LANS; by precision:",
         "",
         *table(samples),
         "",

@@ -234,7 +234,7 @@ def merge(below: dict[str, Any], above: dict[str, Any], name: str) -> dict[str, 
     """``below`` with the entries of ``above``, section by section; a length of one kind takes the place of the other."""
     result = copy.deepcopy(below)
     for one, other in (("epochs", "steps"), ("steps", "epochs")):
-        for prefix in ("", "warmup_", "total_", "milestone_"):
+        for prefix in ("", "warmup_", "constant_", "total_", "milestone_"):
             if f"{prefix}{one}" in above and f"{prefix}{other}" not in above:
                 result.pop(f"{prefix}{other}", None)
     for key, value in above.items():

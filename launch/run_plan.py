@@ -16,7 +16,9 @@ from largebatch.models.batch_norm import MICRO_BATCH, pieces_for
 from largebatch.schedule import scaled_lr
 
 LARGEST_AUTOMATIC_MICRO_BATCH = 256
-LENGTHS = ("total_steps", "total_epochs", "warmup_steps", "warmup_epochs", "milestone_steps", "milestone_epochs")
+LENGTHS = tuple(
+    f"{phase}_{unit}" for phase in ("total", "warmup", "constant", "milestone") for unit in ("steps", "epochs")
+)
 """Of our schedulers' params."""
 
 

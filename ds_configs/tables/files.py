@@ -5,9 +5,19 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from largebatch.ds_configs.tables import bert, cifar10, lamb_2019, lars_2017, mlperf, mlperf_bert, nus, sgd_2017
+from largebatch.ds_configs.tables import (
+    bert,
+    bert_lans,
+    cifar10,
+    lamb_2019,
+    lars_2017,
+    mlperf,
+    mlperf_bert,
+    nus,
+    sgd_2017,
+)
 
-SOURCES = (lars_2017, mlperf, nus, lamb_2019, sgd_2017, cifar10, bert, mlperf_bert)
+SOURCES = (lars_2017, mlperf, nus, lamb_2019, sgd_2017, cifar10, bert, bert_lans, mlperf_bert)
 
 
 def by_source() -> dict[str, dict[str, dict[str, Any]]]:

@@ -25,7 +25,7 @@ from largebatch.launch.arguments import read_recipe
 
 LINEAR_RULE = ("sgd",)
 WARMUP_GROWS_WITH_BATCH = ("lamb", "nlamb", "nnlamb")
-STEP_COUNTS = ("warmup_steps", "total_steps", "milestone_steps")
+STEP_COUNTS = ("warmup_steps", "constant_steps", "total_steps", "milestone_steps")
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def scaled_recipe(recipe: dict[str, Any], optimizer: str, batch: int) -> tuple[d
         section["steps"] = max(1, round(section["steps"] / ratio))
     schedule = recipe.get("scheduler", {}).get("params", {})
     for key in STEP_COUNTS:
-        if isinstance(schedule.get(key), int):
+        if isinstance(schedule.get(key), int) and schedule[key]:
             schedule[key] = max(1, round(schedule[key] / ratio))
         elif isinstance(schedule.get(key), list):
             schedule[key] = [max(1, round(steps / ratio)) for steps in schedule[key]]

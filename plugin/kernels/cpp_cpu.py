@@ -51,11 +51,12 @@ class CppKernels:
         plan_of(self.module, segments).count()
 
     def sums_before(self, segments: Segments, *, grad_scale: Tensor | None) -> Tensor:
-        raise NotImplementedError
+        with FlatPlan(self.module, segments) as plan:
+            return plan.sums_before(segments.grads, as_float(grad_scale))
 
     def accumulate_(self, segments: Segments, *, grad_scale: Tensor | None, before: Before | None = None) -> Tensor:
         with FlatPlan(self.module, segments) as plan:
-            return plan.accumulate(segments.grads, as_float(grad_scale))
+            return plan.accumulate(segments.grads, as_float(grad_scale), *norms_of(before))
 
     def advance_(self, segments: Segments, *, grad_scale: Tensor | None, decisions: Decisions) -> None:
         with FlatPlan(self.module, segments) as plan:
@@ -63,15 +64,20 @@ class CppKernels:
                 segments.grads,
                 as_float(grad_scale),
                 float(segments.lr),
-                decisions.ratios,
+                decisions.ratios.t(),
                 decisions.weight_decays,
                 decisions.shrinkage,
                 decisions.is_finite,
+                *norms_of(decisions.before),
             )
 
     def step_(self, segments: Segments, *, grad_scale: Tensor | None) -> LayerFigures:
         with FlatPlan(self.module, segments) as plan:
             return LayerFigures._make(plan.step(segments.grads, as_float(grad_scale), float(segments.lr)))
+
+
+def norms_of(before: Before | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if before is None else (before.norms[0], before.is_finite)
 
 
 def as_float(grad_scale: Tensor | None) -> float:

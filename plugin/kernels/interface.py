@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from largebatch.rules.lamb import LAMB, NLAMB, NNLAMB
+from largebatch.rules.lans import LANS
 from largebatch.rules.lars import LARS2017, LARS2019
 from largebatch.rules.rule import Layers, Rule
 
-ALGORITHMS: dict[type, int] = {LARS2017: 0, LARS2019: 1, LAMB: 2, NLAMB: 3, NNLAMB: 4}
+ALGORITHMS: dict[type, int] = {LARS2017: 0, LARS2019: 1, LAMB: 2, NLAMB: 3, NNLAMB: 4, LANS: 5}
 """Number of each rule in the compiled kernels (csrc/passes.h, triton_rules.py)."""
 
 

@@ -1,4 +1,4 @@
-"""The kernels for CUDA tensors in Triton: three launches a step, whatever the number of layers, and no wait for the device.
+"""The kernels for CUDA tensors in Triton: three launches a step, five of LANS, whatever the number of layers, and no wait for the device.
 
 The kernels themselves are in triton_kernels; here are the tables in which they look things up, and their launches.
 Learning rate, step counts, gradient scale and what is not finite stay on the device. A step can be captured in a CUDA graph
@@ -24,6 +24,7 @@ from largebatch.kernels.triton_kernels import (
     ROW_BLOCK,
     first_kernel,
     layer_kernel,
+    norm_kernel,
     probe_kernel,
     second_kernel,
     square_kernel,
@@ -52,6 +53,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "lamb": OF_LAMB,
     "nlamb": OF_LAMB,
     "nnlamb": OF_LAMB,
+    "lans": ("betas", "eps", "weight_norm_bounds", "trust_ratio_bounds"),
 }  # fmt: skip
 """Name of a rule -> the options that the kernels have formulas for."""
 
@@ -171,9 +173,11 @@ class Tables:
     addresses: Tensor
     """[4 * num_spans + num_tensors] int64: of weights, gradients and both states; then of the step counts."""
     sums: Tensor
-    """[2, num_chunks] fp64, written by the first pass."""
+    """[1 + len(rule.norms), num_chunks] fp64, written by the first pass."""
+    before: Tensor
+    """[3, num_layers] fp64, written by the norms' kernel; of rules without norms before of no use."""
     decisions: Tensor
-    """[3, num_layers] fp64, written by the layers' kernel."""
+    """[2 + len(rule.ratios), num_layers] fp64, written by the layers' kernel."""
     moved: Tensor
     """[num_layers] bool, likewise."""
     lr: Tensor
@@ -213,38 +217,29 @@ class TritonKernels:
 
     def grad_square_sum(self, segments: Segments) -> Tensor:
         with FlatTensors(segments, self.tables(segments)) as flat:
-            tables = flat.tables
-            sums = torch.empty(tables.num_chunks, dtype=torch.float64, device=segments.device)
-            launch(
-                square_kernel,
-                tables.num_chunks,
-                segments.device,
-                chunks=tables.chunks,
-                num_chunks=tables.num_chunks,
-                spans=tables.spans,
-                num_spans=tables.num_spans,
-                addresses=tables.addresses,
-                sums=sums,
-                G=DTYPES[flat.grads[0].dtype],
-                CHUNK=CHUNK_NUMEL,
-                BLOCK=BLOCK_NUMEL,
-            )
-            return sums.sum()
+            return self.square_sums(segments, flat, None, torch.float64).sum()
 
     def sums_before(self, segments: Segments, *, grad_scale: Tensor | None) -> Tensor:
-        raise NotImplementedError
+        with FlatTensors(segments, self.tables(segments)) as flat:
+            return self.find_norms(segments, flat, grad_scale)[2, :, None]
 
     def accumulate_(self, segments: Segments, *, grad_scale: Tensor | None, before: Before | None = None) -> Tensor:
-        with FlatTensors(segments, self.tables(segments)) as flat:
+        tables = self.tables(segments)
+        if before is not None:
+            (norm,) = before.norms.double()
+            divisor = torch.where(before.is_finite, torch.where(norm > 0, norm, 1.0), torch.nan)
+            tables.before.copy_(torch.stack([divisor, norm, norm.square()]))
+        with FlatTensors(segments, tables) as flat:
             self.first(segments, flat, grad_scale)
-        sums = torch.empty(segments.num_layers, 2, dtype=torch.float64, device=segments.device)
-        self.reduce(segments, flat.tables, sums, decides=False)
+        num_sums = 1 + len(segments.rule.norms)
+        sums = torch.empty(segments.num_layers, num_sums, dtype=torch.float64, device=segments.device)
+        self.reduce(segments, tables, sums, decides=False)
         return sums
 
     def advance_(self, segments: Segments, *, grad_scale: Tensor | None, decisions: Decisions) -> None:
-        (ratios,), decay, shrinkage = decisions.ratios, decisions.weight_decays, decisions.shrinkage
+        (ratios, *others), decay, shrinkage = decisions.ratios.double(), decisions.weight_decays, decisions.shrinkage
         shrinkage = torch.ones_like(decay) if shrinkage is None else shrinkage
-        decided = torch.stack([ratios.double(), decay, shrinkage])
+        decided = torch.stack([ratios, decay, shrinkage, *others])
         with FlatTensors(segments, self.tables(segments)) as flat:
             self.second(segments, flat, grad_scale, decided, decisions.is_finite)
 
@@ -254,6 +249,8 @@ class TritonKernels:
             segments.stats = torch.full(shape, torch.nan, dtype=torch.float64, device=segments.device)
         with FlatTensors(segments, self.tables(segments)) as flat:
             tables = flat.tables
+            if segments.rule.norms_before:
+                self.find_norms(segments, flat, grad_scale)
             self.first(segments, flat, grad_scale)
             self.reduce(segments, tables, tables.decisions, decides=True)
             self.second(segments, flat, grad_scale, tables.decisions, tables.moved)
@@ -283,11 +280,53 @@ class TritonKernels:
             "BLOCK": BLOCK_NUMEL,
         }
 
+    def square_sums(
+        self, segments: Segments, flat: FlatTensors, grad_scale: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """[num_chunks] fp64: of the squares of the scaled gradients in that dtype."""
+        tables = flat.tables
+        sums = torch.empty(tables.num_chunks, dtype=torch.float64, device=segments.device)
+        launch(
+            square_kernel,
+            tables.num_chunks,
+            segments.device,
+            chunks=tables.chunks,
+            num_chunks=tables.num_chunks,
+            spans=tables.spans,
+            num_spans=tables.num_spans,
+            addresses=tables.addresses,
+            grad_scale=tables.one if grad_scale is None else grad_scale.double(),
+            sums=sums,
+            T=DTYPES[dtype],
+            G=DTYPES[flat.grads[0].dtype],
+            CHUNK=CHUNK_NUMEL,
+            BLOCK=BLOCK_NUMEL,
+        )
+        return sums
+
+    def find_norms(self, segments: Segments, flat: FlatTensors, grad_scale: Tensor | None) -> Tensor:
+        """The tables' ``before``, renewed from what lies here."""
+        tables = flat.tables
+        launch(
+            norm_kernel,
+            segments.num_layers,
+            segments.device,
+            sums=self.square_sums(segments, flat, grad_scale, segments.dtype),
+            num_chunks=tables.num_chunks,
+            row_chunks=tables.row_chunks,
+            num_layers=segments.num_layers,
+            before=tables.before,
+            T=DTYPES[segments.dtype],
+            BLOCK=ROW_BLOCK,
+        )
+        return tables.before
+
     def first(self, segments: Segments, flat: FlatTensors, grad_scale: Tensor | None) -> None:
         launch(
             first_kernel,
             flat.tables.num_chunks,
             segments.device,
+            before=flat.tables.before,
             sums=flat.tables.sums,
             DECAY_BEFORE_NORM=options_of(segments.rule).get("decay_before_norm", False),
             **self.common(segments, flat, grad_scale),
@@ -306,6 +345,7 @@ class TritonKernels:
             num_layers=segments.num_layers,
             rule_options=tables.rule_options,
             lr_pointer=tables.lr,
+            before=tables.before,
             decisions=decisions,
             moved=tables.moved.view(torch.int8),
             stats=segments.stats if decides else decisions,
@@ -324,6 +364,7 @@ class TritonKernels:
             flat.tables.num_chunks,
             segments.device,
             lr_pointer=flat.tables.lr,
+            before=flat.tables.before,
             decisions=decisions,
             moved=moved.view(torch.int8),
             IS_NESTEROV=options.get("nesterov", False),
@@ -384,8 +425,9 @@ def made(segments: Segments) -> Tables:
         rows=uploaded(row_table(segments), torch.float64, device),
         rule_options=uploaded(numbers_of(segments.rule), torch.float64, device),
         addresses=zeros(4 * len(spans) + len(segments.steps), dtype=torch.int64),
-        sums=zeros(2, len(owners)),
-        decisions=zeros(3, segments.num_layers),
+        sums=zeros(1 + len(segments.rule.norms), len(owners)),
+        before=zeros(3, segments.num_layers),
+        decisions=zeros(2 + len(segments.rule.ratios), segments.num_layers),
         moved=zeros(segments.num_layers, dtype=torch.bool),
         lr=zeros(),
         one=torch.ones((), dtype=torch.float64, device=device),

@@ -12,6 +12,7 @@ from largebatch.kernels.triton_rules import (
     BETA2,
     CORRECTION_IN_LR,
     EPS,
+    LANS_,
     LARS2017_,
     LARS2019_,
     LOG_BETA1,
@@ -26,6 +27,7 @@ from largebatch.kernels.triton_rules import (
     TRUST_COEFFICIENT,
     coefficients,
     direction,
+    gradient_direction,
     is_finite,
     one_minus_power,
     stochastically_rounded,
@@ -116,6 +118,7 @@ def first_chunk(
     step,
     seed,
     scale,
+    grad_norm,
     decay,
     rule_options,
     ALGORITHM: tl.constexpr,
@@ -129,13 +132,15 @@ def first_chunk(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Renews the state of a chunk if the rule accumulates; the sums of squares of its weights and its direction."""
+    """Renews the state of a chunk if the rule accumulates; the sums of squares of its weights and its directions: the first, and of
+    LANS the second."""
     weights = pointer(w_address, W, IS_WIDE)
     grads = pointer(g_address, G, IS_WIDE)
     state0 = pointer(state0_address, S, IS_WIDE)
     state1 = pointer(state1_address, S, IS_WIDE)
     weight_sums = tl.zeros((BLOCK,), tl.float64)
     direction_sums = tl.zeros((BLOCK,), tl.float64)
+    second_sums = tl.zeros((BLOCK,), tl.float64)
     of_m, of_g, of_v, of_g2, eps = coefficients(rule_options, step, ALGORITHM, CORRECTS, T)
     momentum = tl.load(rule_options + MOMENTUM)
     beta1 = tl.load(rule_options + BETA1)
@@ -145,6 +150,8 @@ def first_chunk(
         mask = index < numel
         w = loaded(weights, index, mask, T, IS_WIDE)
         g = loaded(grads, index, mask, T, IS_WIDE) * scale
+        if ALGORITHM == LANS_:
+            g = g / grad_norm
         u = g
         if DECAY_BEFORE_NORM:
             u = g + decay * w
@@ -175,11 +182,15 @@ def first_chunk(
                 stored(state1, index, mask, v.to(S), IS_WIDE)
             u = direction(w, g, m, v, of_m, of_g, of_v, of_g2, eps, decay, ALGORITHM, CORRECTS, T)
             u = tl.where(is_good, u, float("nan"))
+            if ALGORITHM == LANS_:
+                c = tl.where(is_good, gradient_direction(w, g, v, of_v, eps, decay, T), float("nan"))
+                c64 = (c if IS_WIDE else tl.where(mask, c, 0.0)).to(tl.float64)
+                second_sums += c64 * c64
         w64 = w.to(tl.float64)
         u64 = (u if IS_WIDE else tl.where(mask, u, 0.0)).to(tl.float64)
         weight_sums += w64 * w64
         direction_sums += u64 * u64
-    return tl.sum(weight_sums, axis=0), tl.sum(direction_sums, axis=0)
+    return tl.sum(weight_sums, axis=0), tl.sum(direction_sums, axis=0), tl.sum(second_sums, axis=0)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -193,7 +204,8 @@ def first_kernel(
     num_layers,
     rule_options,
     grad_scale,  # 0-dim fp64
-    sums,  # [2, num_chunks] fp64, written
+    before,  # of LANS, see norm_kernel
+    sums,  # [2, num_chunks] fp64, of LANS [3, num_chunks], written
     ALGORITHM: tl.constexpr,
     CORRECTS: tl.constexpr,
     DECAY_BEFORE_NORM: tl.constexpr,
@@ -212,18 +224,23 @@ def first_kernel(
     scale = tl.load(grad_scale).to(T)
     decay = tl.load(rows + row).to(T)
     seed = tl.load(rows + num_layers + row).to(tl.int64)
+    grad_norm = scale
+    if ALGORITHM == LANS_:
+        grad_norm = tl.load(before + row).to(T)
     if is_wide(start, numel, w, g, state0, state1, CHUNK):
-        weight_sum, direction_sum = first_chunk(
-            w, g, state0, state1, start, numel, layer_start, step, seed, scale, decay, rule_options,
+        weight_sum, direction_sum, second_sum = first_chunk(
+            w, g, state0, state1, start, numel, layer_start, step, seed, scale, grad_norm, decay, rule_options,
             ALGORITHM, CORRECTS, DECAY_BEFORE_NORM, T, W, G, S, True, CHUNK, BLOCK,
         )  # fmt: skip
     else:
-        weight_sum, direction_sum = first_chunk(
-            w, g, state0, state1, start, numel, layer_start, step, seed, scale, decay, rule_options,
+        weight_sum, direction_sum, second_sum = first_chunk(
+            w, g, state0, state1, start, numel, layer_start, step, seed, scale, grad_norm, decay, rule_options,
             ALGORITHM, CORRECTS, DECAY_BEFORE_NORM, T, W, G, S, False, CHUNK, BLOCK,
         )  # fmt: skip
     tl.store(sums + chunk, weight_sum)
     tl.store(sums + num_chunks + chunk, direction_sum)
+    if ALGORITHM == LANS_:
+        tl.store(sums + 2 * num_chunks + chunk, second_sum)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -235,9 +252,11 @@ def layer_kernel(
     num_layers,
     rule_options,
     lr_pointer,  # 0-dim fp64
-    decisions,  # [3, num_layers] fp64, written: trust ratio, weight decay in force, shrinkage; or [num_layers, 2]: the sums
+    before,  # of LANS, see norm_kernel
+    decisions,  # [3, num_layers] fp64, written: trust ratio, weight decay in force, shrinkage; or [num_layers, 2]: the sums;
+    # of LANS [4, num_layers]: the second ratio, too; or [num_layers, 3]
     moved,  # [num_layers] int8, written
-    stats,  # [5, num_layers] fp64, written where the layer moves: see LayerStats
+    stats,  # [5, num_layers] fp64, of LANS [8, num_layers], written where the layer moves: see LayerStats
     DECIDES: tl.constexpr,
     ALGORITHM: tl.constexpr,
     HAS_NORM_BOUNDS: tl.constexpr,
@@ -254,19 +273,24 @@ def layer_kernel(
     end = tl.load(row_chunks + num_layers + row)
     weight_sums = tl.zeros((BLOCK,), tl.float64)
     direction_sums = tl.zeros((BLOCK,), tl.float64)
+    second_sums = tl.zeros((BLOCK,), tl.float64)
     for start in range(first, end, BLOCK):
         index = start + tl.arange(0, BLOCK)
         mask = index < end
         weight_sums += tl.load(sums + index, mask=mask, other=0.0)
         direction_sums += tl.load(sums + num_chunks + index, mask=mask, other=0.0)
+        if ALGORITHM == LANS_:
+            second_sums += tl.load(sums + 2 * num_chunks + index, mask=mask, other=0.0)
     weight_sum = tl.sum(weight_sums, axis=0)
     direction_sum = tl.sum(direction_sums, axis=0)
+    second_sum = tl.sum(second_sums, axis=0)
     if DECIDES:
         lr = tl.load(lr_pointer)
         decay = tl.load(rows + row)
         shrinkage = 1.0 - lr * tl.load(rows + 2 * num_layers + row)
         weight_norm = tl.sqrt(weight_sum) * tl.abs(shrinkage)
         direction_norm = tl.sqrt(direction_sum)
+        is_adapted = tl.load(rows + 3 * num_layers + row) > 0
         is_defined = (weight_norm > 0) & (direction_norm > 0)
         numerator = weight_norm
         denominator = direction_norm
@@ -293,24 +317,73 @@ def layer_kernel(
             if LARC_CLIP:
                 ratio = tl.where(is_defined, ratio, 1.0)
             decay = tl.where(is_defined, decay, 0.0)
-        rounded_ratio = tl.where(tl.load(rows + 3 * num_layers + row) > 0, ratio, 1.0).to(T)
+        rounded_ratio = tl.where(is_adapted, ratio, 1.0).to(T)
         ratio = rounded_ratio.to(tl.float64)
+        does_move = is_finite(weight_sum) & is_finite(direction_sum)
+        if ALGORITHM == LANS_:
+            second_norm = tl.sqrt(second_sum)
+            is_second_defined = (weight_norm > 0) & (second_norm > 0)
+            second_ratio = numerator / tl.where(is_second_defined, second_norm, 1.0)
+            if HAS_RATIO_BOUNDS:
+                low = tl.load(rule_options + RATIO_LOW)
+                second_ratio = tl.minimum(tl.maximum(second_ratio, low), tl.load(rule_options + RATIO_HIGH))
+            second_ratio = tl.where(is_adapted & is_second_defined, second_ratio, 1.0).to(T).to(tl.float64)
+            tl.store(decisions + 3 * num_layers + row, second_ratio)
+            does_move = does_move & is_finite(second_sum)
         tl.store(decisions + row, ratio)
         tl.store(decisions + num_layers + row, decay)
         tl.store(decisions + 2 * num_layers + row, shrinkage)
-        does_move = is_finite(weight_sum) & is_finite(direction_sum)
         tl.store(moved + row, does_move.to(tl.int8))
         # a layer that has never moved has NaN there, and shows what was found
         earlier = tl.load(stats + row)
         is_shown = does_move | (earlier != earlier)
+        local_lr = (lr.to(T) * rounded_ratio).to(tl.float64)
         tl.store(stats + row, weight_norm, mask=is_shown)
         tl.store(stats + num_layers + row, direction_norm, mask=is_shown)
-        tl.store(stats + 2 * num_layers + row, ratio, mask=is_shown)
-        tl.store(stats + 3 * num_layers + row, (lr.to(T) * rounded_ratio).to(tl.float64), mask=is_shown)
-        tl.store(stats + 4 * num_layers + row, decay, mask=is_shown)
+        if ALGORITHM == LANS_:
+            tl.store(stats + 2 * num_layers + row, second_norm, mask=is_shown)
+            tl.store(stats + 3 * num_layers + row, ratio, mask=is_shown)
+            tl.store(stats + 4 * num_layers + row, second_ratio, mask=is_shown)
+            tl.store(stats + 5 * num_layers + row, local_lr, mask=is_shown)
+            tl.store(stats + 6 * num_layers + row, decay, mask=is_shown)
+            tl.store(stats + 7 * num_layers + row, tl.load(before + num_layers + row), mask=is_shown)
+        else:
+            tl.store(stats + 2 * num_layers + row, ratio, mask=is_shown)
+            tl.store(stats + 3 * num_layers + row, local_lr, mask=is_shown)
+            tl.store(stats + 4 * num_layers + row, decay, mask=is_shown)
+    elif ALGORITHM == LANS_:
+        tl.store(decisions + 3 * row, weight_sum)
+        tl.store(decisions + 3 * row + 1, direction_sum)
+        tl.store(decisions + 3 * row + 2, second_sum)
     else:
         tl.store(decisions + 2 * row, weight_sum)
         tl.store(decisions + 2 * row + 1, direction_sum)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def norm_kernel(
+    sums,  # [num_chunks] fp64: of the squares of the gradients
+    num_chunks,
+    row_chunks,  # [2, num_layers] int64: first chunk, end
+    num_layers,
+    before,  # [3, num_layers] fp64, written: what a layer's gradient is divided by, NaN where it is not finite; its norm; the sum
+    T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    first = tl.load(row_chunks + row)
+    end = tl.load(row_chunks + num_layers + row)
+    parts = tl.zeros((BLOCK,), tl.float64)
+    for start in range(first, end, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        parts += tl.load(sums + index, mask=index < end, other=0.0)
+    total = tl.sum(parts, axis=0)
+    norm = tl.sqrt(total)
+    divisor = norm.to(T).to(tl.float64)
+    divisor = tl.where(divisor > 0, divisor, 1.0)
+    tl.store(before + row, tl.where(is_finite(total), divisor, float("nan")))
+    tl.store(before + num_layers + row, norm)
+    tl.store(before + 2 * num_layers + row, total)
 
 
 @triton.jit
@@ -327,6 +400,8 @@ def second_chunk(
     scale,
     lr,
     ratio,
+    second_ratio,
+    grad_norm,
     decay,
     shrinkage,
     rule_options,
@@ -358,6 +433,9 @@ def second_chunk(
     if CORRECTS == CORRECTION_IN_LR:
         corrected = tl.sqrt(one_minus_power(rule_options, BETA2, LOG_BETA2, step))
         step_size = lr * corrected / one_minus_power(rule_options, BETA1, LOG_BETA1, step)
+    beta1 = tl.load(rule_options + BETA1)
+    from_momentum = lr.to(T) * (beta1.to(T) * ratio)
+    from_gradient = lr.to(T) * ((1.0 - beta1).to(T) * second_ratio)
     for offset in range(0, CHUNK, BLOCK):
         index = start + offset + tl.arange(0, BLOCK)
         mask = index < numel
@@ -381,10 +459,14 @@ def second_chunk(
             v = m
             if ALGORITHM != LARS2019_:
                 v = loaded(state1, index, mask, T, IS_WIDE)
-            if (ALGORITHM == NLAMB_) | (ALGORITHM == NNLAMB_):
+            if (ALGORITHM == NLAMB_) | (ALGORITHM == NNLAMB_) | (ALGORITHM == LANS_):
                 g = loaded(grads, index, mask, T, IS_WIDE) * scale
             u = direction(w, g, m, v, of_m, of_g, of_v, of_g2, eps, decay, ALGORITHM, CORRECTS, T)
-            new_w = w - step_size.to(T) * ratio * u
+            if ALGORITHM == LANS_:
+                c = gradient_direction(w, g / grad_norm, v, of_v, eps, decay, T)
+                new_w = w - from_momentum * u - from_gradient * c
+            else:
+                new_w = w - step_size.to(T) * ratio * u
             is_good = is_finite(new_w)
         stored(weights, index, mask, tl.where(is_good, new_w, old_w).to(W), IS_WIDE)
 
@@ -401,7 +483,8 @@ def second_kernel(
     rule_options,
     grad_scale,
     lr_pointer,  # 0-dim fp64
-    decisions,  # [3, num_layers] fp64: trust ratio, weight decay in force, shrinkage
+    before,  # of LANS, see norm_kernel
+    decisions,  # [3, num_layers] fp64: trust ratio, weight decay in force, shrinkage; of LANS [4, num_layers]: the second ratio
     moved,  # [num_layers] int8
     ALGORITHM: tl.constexpr,
     CORRECTS: tl.constexpr,
@@ -428,27 +511,42 @@ def second_kernel(
     ratio = tl.load(decisions + row).to(T)
     decay = tl.load(decisions + num_layers + row).to(T)
     shrinkage = tl.load(decisions + 2 * num_layers + row).to(T)
+    second_ratio = ratio
+    grad_norm = scale
+    if ALGORITHM == LANS_:
+        second_ratio = tl.load(decisions + 3 * num_layers + row).to(T)
+        grad_norm = tl.load(before + row).to(T)
     if is_wide(start, numel, w, g, state0, state1, CHUNK):
         second_chunk(
-            w, g, state0, state1, start, numel, layer_start, step, seed, scale, lr, ratio, decay, shrinkage, rule_options,
+            w, g, state0, state1, start, numel, layer_start, step, seed, scale, lr, ratio, second_ratio, grad_norm, decay, shrinkage,
+            rule_options,
             ALGORITHM, CORRECTS, IS_NESTEROV, LR_IN_MOMENTUM, T, W, G, S, True, CHUNK, BLOCK,
         )  # fmt: skip
     else:
         second_chunk(
-            w, g, state0, state1, start, numel, layer_start, step, seed, scale, lr, ratio, decay, shrinkage, rule_options,
+            w, g, state0, state1, start, numel, layer_start, step, seed, scale, lr, ratio, second_ratio, grad_norm, decay, shrinkage,
+            rule_options,
             ALGORITHM, CORRECTS, IS_NESTEROV, LR_IN_MOMENTUM, T, W, G, S, False, CHUNK, BLOCK,
         )  # fmt: skip
 
 
 @triton.jit
 def square_chunk(
-    address, start, numel, D: tl.constexpr, IS_WIDE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr
+    address,
+    start,
+    numel,
+    scale,
+    T: tl.constexpr,
+    D: tl.constexpr,
+    IS_WIDE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     values = pointer(address, D, IS_WIDE)
     total = tl.zeros((BLOCK,), tl.float64)
     for offset in range(0, CHUNK, BLOCK):
         index = start + offset + tl.arange(0, BLOCK)
-        x = loaded(values, index, index < numel, tl.float64, IS_WIDE)
+        x = (loaded(values, index, index < numel, T, IS_WIDE) * scale).to(tl.float64)
         total += x * x
     return tl.sum(total, axis=0)
 
@@ -460,7 +558,9 @@ def square_kernel(
     spans,
     num_spans,
     addresses,
-    sums,  # [num_chunks] fp64, written: of the squares of the gradients
+    grad_scale,  # 0-dim fp64
+    sums,  # [num_chunks] fp64, written: of the squares of the gradients times the scale, rounded to T before they are squared
+    T: tl.constexpr,
     G: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -470,10 +570,11 @@ def square_kernel(
     start = tl.multiple_of(tl.load(chunks + num_chunks + chunk), CHUNK)
     numel = tl.load(spans + span)
     address = tl.load(addresses + num_spans + span)
+    scale = tl.load(grad_scale).to(T)
     if is_wide(start, numel, address, address, address, address, CHUNK):
-        total = square_chunk(address, start, numel, G, True, CHUNK, BLOCK)
+        total = square_chunk(address, start, numel, scale, T, G, True, CHUNK, BLOCK)
     else:
-        total = square_chunk(address, start, numel, G, False, CHUNK, BLOCK)
+        total = square_chunk(address, start, numel, scale, T, G, False, CHUNK, BLOCK)
     tl.store(sums + chunk, total)
 
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-LARS2017_, LARS2019_, LAMB_, NLAMB_, NNLAMB_ = (tl.constexpr(i) for i in range(5))
+LARS2017_, LARS2019_, LAMB_, NLAMB_, NNLAMB_, LANS_ = (tl.constexpr(i) for i in range(6))
 NO_CORRECTION, CORRECTION, CORRECTION_IN_LR = (tl.constexpr(i) for i in range(3))
 
 NUMBERS = (
@@ -45,7 +45,7 @@ def coefficients(rule_options, step, ALGORITHM: tl.constexpr, CORRECTS: tl.const
     of_g = tl.full((), 0.0, T)
     of_v = tl.full((), 1.0, T)
     of_g2 = tl.full((), 0.0, T)
-    if ALGORITHM == LAMB_:
+    if (ALGORITHM == LAMB_) | (ALGORITHM == LANS_):
         if CORRECTS == CORRECTION:
             of_m = (1.0 / one_minus_power(rule_options, BETA1, LOG_BETA1, step)).to(T)
             of_v = (1.0 / one_minus_power(rule_options, BETA2, LOG_BETA2, step)).to(T)
@@ -73,7 +73,7 @@ def direction(
     else:
         m_hat = m
         v_hat = v
-        if ALGORITHM == LAMB_:
+        if (ALGORITHM == LAMB_) | (ALGORITHM == LANS_):
             if CORRECTS == CORRECTION:
                 m_hat = m * of_m
                 v_hat = v * of_v
@@ -83,6 +83,12 @@ def direction(
             if ALGORITHM == NNLAMB_:
                 v_hat = v_hat + of_g2 * (g * g)
         return m_hat / (root(v_hat, T) + eps) + decay * w
+
+
+@triton.jit
+def gradient_direction(w, g, v, of_v, eps, decay, T: tl.constexpr):
+    """The second direction of LANS."""
+    return g / (root(v * of_v, T) + eps) + decay * w
 
 
 @triton.jit

@@ -25,8 +25,8 @@ each_fast_backend = pytest.mark.parametrize("backend", BACKENDS[1:])
 each_algorithm = pytest.mark.parametrize(
     "optimizer_class, options",
     [(largebatch.LARS, {}), (largebatch.LARS, {"formulation": "2019"})]
-    + [(cls, {}) for cls in (largebatch.LAMB, largebatch.NLAMB, largebatch.NNLAMB)],
-    ids=["lars", "lars2019", "lamb", "nlamb", "nnlamb"],
+    + [(cls, {}) for cls in (largebatch.LAMB, largebatch.NLAMB, largebatch.NNLAMB, largebatch.LANS)],
+    ids=["lars", "lars2019", "lamb", "nlamb", "nnlamb", "lans"],
 )
 
 
@@ -172,7 +172,7 @@ def test_the_number_of_threads_does_not_matter(num_threads):
 
 
 @each_backend
-@pytest.mark.parametrize("optimizer_class", [largebatch.LARS, largebatch.LAMB, largebatch.NNLAMB])
+@pytest.mark.parametrize("optimizer_class", [largebatch.LARS, largebatch.LAMB, largebatch.NNLAMB, largebatch.LANS])
 def test_strides_do_not_matter(backend, optimizer_class):
     """Weight and gradient in every combination of memory formats, and weights with gaps, against contiguous ones."""
     values, grads = tensors(1, [(4, 3, 5, 2)]), tensors(2, [(4, 3, 5, 2)])

@@ -28,6 +28,7 @@ ALGORITHMS = [
     (largebatch.LAMB, {}),
     (largebatch.NLAMB, {}),
     (largebatch.NNLAMB, {}),
+    (largebatch.LANS, {}),
 ]
 each_algorithm = pytest.mark.parametrize("optimizer_class, options", ALGORITHMS, ids=name_of)
 

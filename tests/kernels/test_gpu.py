@@ -19,6 +19,7 @@ ALGORITHMS = [
     pytest.param(largebatch.LAMB, {}, id="lamb"),
     pytest.param(largebatch.NLAMB, {}, id="nlamb"),
     pytest.param(largebatch.NNLAMB, {}, id="nnlamb"),
+    pytest.param(largebatch.LANS, {}, id="lans"),
 ]
 each_algorithm = pytest.mark.parametrize("optimizer_class, options", ALGORITHMS)
 SHAPES = ((300, 70), (70,), (64, 3, 7, 7), (1,), (8193,))

@@ -18,6 +18,7 @@ WITH_OPTIONS = {
     "lamb": (largebatch.LAMB, {}),
     "nlamb": (largebatch.NLAMB, {}),
     "nnlamb": (largebatch.NNLAMB, {}),
+    "lans": (largebatch.LANS, {}),
 }
 RULES = {cls.name: cls for cls in ALGORITHMS}
 EACH_OPTION = [(name, field.name) for name, cls in RULES.items() for field in dataclasses.fields(cls)]

@@ -38,8 +38,10 @@ def assert_same(one, other):
         (largebatch.LAMB, {}),
         (largebatch.LAMB, {"overwrite_grads": True}),
         (largebatch.NNLAMB, {}),
+        (largebatch.LANS, {}),
+        (largebatch.LANS, {"overwrite_grads": True}),
     ],
-    ids=["LARS", "LARS-nesterov", "LAMB", "LAMB-overwrite_grads", "NNLAMB"],
+    ids=["LARS", "LARS-nesterov", "LAMB", "LAMB-overwrite_grads", "NNLAMB", "LANS", "LANS-overwrite_grads"],
 )
 @pytest.mark.parametrize("num_threads", [2, 3, 7])
 def test_who_does_what_does_not_matter(optimizer_class, options, num_threads):
@@ -93,7 +95,7 @@ def test_lars_has_the_same_bits_with_every_instruction_set(options, change):
         assert buffers[0].view(-1)[0] == 3.4e38 and buffers[1].view(-1)[0] < 3.2e38, "what overflows stays"
 
 
-@pytest.mark.parametrize("optimizer_class", [largebatch.LARS, largebatch.LAMB, largebatch.NNLAMB])
+@pytest.mark.parametrize("optimizer_class", [largebatch.LARS, largebatch.LAMB, largebatch.NNLAMB, largebatch.LANS])
 def test_triton_moves_aligned_and_other_chunks_alike(optimizer_class):
     """Two whole chunks and a part of one, where 16 bytes can be moved at a time and where they cannot."""
     numel = 2 * 8192 + 100

@@ -11,7 +11,13 @@ from largebatch.kernels import dispatch
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 BACKENDS = ("reference", *(f"cpp-{name}" for name in INSTRUCTION_SETS), "triton")
 
-LARS, LAMB, NLAMB, NNLAMB = largebatch.LARS, largebatch.LAMB, largebatch.NLAMB, largebatch.NNLAMB
+LARS, LAMB, NLAMB, NNLAMB, LANS = (
+    largebatch.LARS,
+    largebatch.LAMB,
+    largebatch.NLAMB,
+    largebatch.NNLAMB,
+    largebatch.LANS,
+)
 OPTION_SETS = [
     (LARS, {}),
     (LARS, {"weight_decay": 5e-4}),
@@ -39,6 +45,13 @@ OPTION_SETS = [
     (NLAMB, {"weight_decay": 0.1, "betas": (0.0, 0.0), "decoupled_weight_decay": True}),
     (NNLAMB, {"weight_decay": 0.01}),
     (NNLAMB, {"trust_ratio_bounds": (0.1, 1.0), "betas": (0.975, 0.9)}),
+    (LANS, {}),
+    (LANS, {"weight_decay": 0.01, "max_grad_norm": 0.5}),
+    (
+        LANS,
+        {"weight_decay": 0.1, "betas": (0.0, 0.9), "decoupled_weight_decay": True, "weight_norm_bounds": (0.5, 2.0)},
+    ),
+    (LANS, {"weight_decay": 0.01, "trust_ratio_bounds": (0.1, 1.0), "exclude_from_adaptation": ["w1$"]}),
 ]
 
 

@@ -17,7 +17,7 @@ from largebatch.kernels.interface import ALGORITHMS
 
 POINTERS = {
     "chunks": "*i64", "spans": "*i64", "addresses": "*i64", "row_chunks": "*i64", "rows": "*fp64", "rule_options": "*fp64",
-    "grad_scale": "*fp64", "sums": "*fp64", "lr_pointer": "*fp64", "decisions": "*fp64", "moved": "*i8", "stats": "*fp64",
+    "grad_scale": "*fp64", "sums": "*fp64", "before": "*fp64", "lr_pointer": "*fp64", "decisions": "*fp64", "moved": "*i8", "stats": "*fp64",
 }  # fmt: skip
 INSTRUCTIONS = {"wide loads": r"ld\.global\.v4", "wide stores": r"st\.global\.v4", "local memory": r"\b(ld|st)\.local"}
 FP32 = {"T": tl.float32, "W": tl.float32, "G": tl.float32, "S": tl.float32}
@@ -48,7 +48,9 @@ def cases():
         for decides in (True, False):
             yield f"layer {algorithm} {decides}", kernels.layer_kernel, layer | {"DECIDES": decides}
     for name, dtype in (("fp32", tl.float32), ("bf16", tl.bfloat16)):
-        yield f"square {name}", kernels.square_kernel, {"G": dtype} | SIZES
+        for squares in (tl.float64, tl.float32):
+            yield f"square {name} {squares}", kernels.square_kernel, {"T": squares, "G": dtype} | SIZES
+        yield f"norm {name}", kernels.norm_kernel, {"T": tl.float32, "BLOCK": kernels.ROW_BLOCK}
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ ALGORITHMS = {
     "NLAMB": {"lr": 0.02, "betas": [0.9, 0.99], "weight_decay": 0.05},
     "NNLAMB": {"lr": 0.02, "betas": [0.9, 0.99], "weight_decay": 0.05},
     # the compiled kernels are those of own_rules; here the bits of all cuts are compared
-    "LANS": {"lr": 0.02, "betas": [0.9, 0.99], "weight_decay": 0.05, "kernels": "reference"},
+    "LANS": {"lr": 0.02, "betas": [0.9, 0.99], "weight_decay": 0.05},
 }
 OPTIONS = ALGORITHMS | own_rules.OPTIONS
 

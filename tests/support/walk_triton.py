@@ -27,8 +27,14 @@ NUM_STEPS = 10
 ALGORITHMS = [
     (largebatch.LARS, {}), (largebatch.LARS, {"formulation": "2019"}),
     (largebatch.LAMB, {}), (largebatch.NLAMB, {}), (largebatch.NNLAMB, {}),
+    (largebatch.LANS, {}),
 ]  # fmt: skip
-KERNELS = [triton_kernels.first_kernel, triton_kernels.layer_kernel, triton_kernels.second_kernel]
+KERNELS = [
+    triton_kernels.norm_kernel,
+    triton_kernels.first_kernel,
+    triton_kernels.layer_kernel,
+    triton_kernels.second_kernel,
+]
 KERNELS += [triton_kernels.square_kernel, triton_kernels.probe_kernel]
 
 

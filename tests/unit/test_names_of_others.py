@@ -10,7 +10,7 @@ from largebatch.config import OTHERS_OPTIONS, UnknownOptionError
 from largebatch.engine.config_checks.combinations import OTHERS_TYPES, check_optimizer_type
 from largebatch.optim.layerwise import option_names
 
-CLASSES = [largebatch.LARS, largebatch.LAMB, largebatch.NLAMB, largebatch.NNLAMB]
+CLASSES = [largebatch.LARS, largebatch.LAMB, largebatch.NLAMB, largebatch.NNLAMB, largebatch.LANS]
 
 
 @pytest.mark.parametrize("optimizer_class", CLASSES, ids=lambda c: c.__name__)

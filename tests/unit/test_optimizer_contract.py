@@ -13,7 +13,13 @@ import largebatch
 from support.cases import CASES, ILLEGAL
 from support.problems import as_parameters, random_gradients, random_layers, run_optimizer
 
-ALGORITHMS = [(largebatch.LARS, 2.0), (largebatch.LAMB, 0.01), (largebatch.NLAMB, 0.01), (largebatch.NNLAMB, 0.01)]
+ALGORITHMS = [
+    (largebatch.LARS, 2.0),
+    (largebatch.LAMB, 0.01),
+    (largebatch.NLAMB, 0.01),
+    (largebatch.NNLAMB, 0.01),
+    (largebatch.LANS, 0.01),
+]
 each_algorithm = pytest.mark.parametrize("optimizer_class, lr", ALGORITHMS, ids=lambda v: getattr(v, "__name__", None))
 each_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 

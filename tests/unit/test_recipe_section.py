@@ -90,9 +90,13 @@ def test_one_knob_stretches_length_warm_up_and_milestones(stretch):
 
 def test_stretching_a_number_of_steps():
     changed = recipe(schedule_stretch=1.5, epochs=None, steps=10)
-    changed["scheduler"] = {"type": "WarmupPolyLR", "params": {"total_steps": "auto", "warmup_steps": 3}}
+    changed["scheduler"] = {
+        "type": "WarmupPolyLR",
+        "params": {"total_steps": "auto", "warmup_steps": 3, "constant_steps": 2},
+    }
     plan = make_plan(changed, num_samples=102_400, world_size=2, output="out")
-    assert plan.num_steps == 15 and plan.config["scheduler"]["params"] == {"total_steps": 15, "warmup_steps": 4.5}
+    lengths = {"total_steps": 15, "warmup_steps": 4.5, "constant_steps": 3.0}
+    assert plan.num_steps == 15 and plan.config["scheduler"]["params"] == lengths
     changed["scheduler"]["type"] = "WarmupLR"
     with pytest.raises(
         ValueError, match="schedule_stretch is 1.5 and scheduler.type 'WarmupLR'; expected one of WarmupPolyLR"

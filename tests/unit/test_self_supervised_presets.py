@@ -1,11 +1,17 @@
 """The presets of self-supervised training against each codebase's formula: written from its source, in numpy fp64, with its names."""
 
+import json
+import pathlib
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import largebatch
+import largebatch.ds_configs
+from largebatch.ds_configs.tables.files import text_of
+from largebatch.ds_configs.tables.self_supervised import configs
 from largebatch.presets import LARS_PRESETS
 from support.oracle import norm
 from support.problems import changing_lrs, random_gradients, relative_error, run_optimizer
@@ -158,3 +164,45 @@ def test_decay_is_in_the_norm_or_not_in_the_ratio():
         largebatch.LARS(Network().parameters(), lr=0.1, decay_before_norm=True, decay_in_ratio=False)
     with pytest.raises(ValueError, match="decay_before_norm is True with formulation '2019'"):
         largebatch.LARS(Network().parameters(), lr=0.1, decay_before_norm=True, formulation="2019")
+
+
+# --- the published settings ---------------------------------------------------------------------------------------------
+
+CONFIGS = pathlib.Path(largebatch.ds_configs.__file__).parent / "self_supervised"
+PUBLISHED = {
+    "simclr_4096": (0.3 * 16, 100),
+    "byol_4096": (0.2 * 16, 1000),
+    "barlow_twins_2048": (0.2 * 8, 1000),
+    "vicreg_2048": (0.2 * 8, 1000),
+    "moco_v3_4096": (0.3 * 16, 1000),
+    "mae_linear_probe_16384": (0.1 * 64, 90),
+    "swav_4096": (4.8, 800),
+    "lightly_simclr_256": (1.2, 100),
+}
+"""File -> peak learning rate, epochs."""
+BORDERS = {"swav_4096": (0.3, 0.0048), "barlow_twins_2048": (0.0, 0.0016), "vicreg_2048": (0.0, 0.0016)}
+"""Learning rates before the first step and after the last, where they are not 0."""
+
+
+def test_there_is_one_for_each_preset_and_all_are_written_from_the_table():
+    files = {path.stem: path.read_text() for path in CONFIGS.glob("*.json")}
+    assert files == {name: text_of(config) for name, config in configs()}, "python -m largebatch.ds_configs.tables"
+    assert files.keys() == PUBLISHED.keys()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_setting(name):
+    config = json.loads((CONFIGS / f"{name}.json").read_text())
+    model, params = Network(), config["optimizer"]["params"]
+    assert name.startswith(params["preset"]) and params["preset"] in LARS_PRESETS
+    optimizer = largebatch.LARS.from_json_params(model.parameters(), params, model)
+    scheduler = largebatch.WarmupCosineDecayLR(optimizer, **config["scheduler"]["params"])
+    peak, num_epochs = PUBLISHED[name]
+    steps_per_epoch = 1_281_167 // config["train_batch_size"]
+    start, end = BORDERS.get(name, (0.0, 0.0))
+    assert scheduler.num_steps == num_epochs * steps_per_epoch and scheduler.num_warmup_steps == 10 * steps_per_epoch
+    rates = [peak * scheduler.factor(step) for step in (0, 10 * steps_per_epoch, scheduler.num_steps)]
+    first = start + (peak - start) / (10 * steps_per_epoch)  # the first step makes one share of the way
+    assert rates == pytest.approx([first, peak, end], rel=1e-9, abs=1e-9)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(first, rel=1e-9)
+    assert params["lr"] == pytest.approx(peak, rel=1e-12)

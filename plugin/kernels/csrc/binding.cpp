@@ -37,7 +37,7 @@ at::Tensor square_sums(const std::vector<at::Tensor>& tensors) {
   in_parallel(num_threads_for(numel), [&](int thread, int team) {
     const size_t begin = pieces.size() * thread / team, end = pieces.size() * (thread + 1) / team;
     for (size_t p = begin; p < end; ++p)
-      parts[p] = passes_in_use()->square_sum(pieces[p].values, pieces[p].dtype, pieces[p].begin, pieces[p].end);
+      parts[p] = passes_in_use()->square_sum(pieces[p].values, pieces[p].dtype, pieces[p].dtype == Dtype::fp64, 1.0, pieces[p].begin, pieces[p].end);
   });
   double* out = sums.data_ptr<double>();
   for (size_t p = 0; p < pieces.size(); ++p) out[pieces[p].tensor] += parts[p];
@@ -56,6 +56,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
       .def("find_gradients", &Plan::find_gradients)
       .def("count", &Plan::count)
       .def("is_flat", &Plan::is_flat)
+      .def("sums_before", &Plan::sums_before)
       .def("accumulate", &Plan::accumulate)
       .def("advance", &Plan::advance)
       .def("step", &Plan::step);

@@ -8,7 +8,10 @@ namespace largebatch {
 
 enum class Dtype : int { fp64 = 0, fp32 = 1, bf16 = 2, fp16 = 3 };
 
-enum class Algorithm : int { lars2017 = 0, lars2019 = 1, lamb = 2, nlamb = 3, nnlamb = 4 };
+enum class Algorithm : int { lars2017 = 0, lars2019 = 1, lamb = 2, nlamb = 3, nnlamb = 4, lans = 5 };
+
+// Of the vectors whose norms a rule wants beside that of the weights: 1, of LANS 2.
+constexpr int max_num_directions = 2;
 
 // Elements of a chunk: the unit of work of a thread, and of the fixed order in which sums are taken.
 constexpr int64_t chunk_numel = 4096;
@@ -28,6 +31,8 @@ struct Scalars {
   double momentum;
   double inside, outside;  // LARS: what multiplies the gradient on its way into the momentum, and the momentum
   double step_size;        // lr * trust ratio, where the rule has one
+  double gradient_step_size;  // of LANS: what multiplies the second direction
+  double grad_norm;           // of LANS: of the whole layer, what its gradient is divided by; NaN where it is not finite
   bool is_nesterov;
 };
 
@@ -58,7 +63,7 @@ struct Upcoming {
 
 struct Passes {
   const char* name;
-  // Renews the state of elements [begin, end) if the rule accumulates; sums[0], sums[1]: squares of weights, direction.
+  // Renews the state of elements [begin, end) if the rule accumulates; sums[0], sums[1], ...: squares of weights and directions.
   // kept: null, or a place for the direction of these elements in the compute type, for the second pass; may be the
   // gradient itself. Only for LAMB and its kin with state that is stored as it is computed.
   // Upcoming: null where the thread comes to the following elements, or where it matters little.
@@ -66,7 +71,8 @@ struct Passes {
                 const Upcoming*);
   // Writes the new weights of elements [begin, end), and the state of a rule that does not accumulate.
   void (*second)(Algorithm, bool is_fp64, const Layer&, int64_t begin, int64_t end, const void* kept, const Upcoming*);
-  double (*square_sum)(const void* values, Dtype, int64_t begin, int64_t end);
+  // Sum of the squares of elements [begin, end) times scale, rounded to fp64 or fp32 before they are squared.
+  double (*square_sum)(const void* values, Dtype, bool is_fp64, double scale, int64_t begin, int64_t end);
 };
 
 const Passes* passes_portable();

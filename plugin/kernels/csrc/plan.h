@@ -67,7 +67,9 @@ class Plan {
     for (int64_t row : rows_) has_span[row] = true;
     for (size_t row = 0; row < treatments_.size(); ++row)
       if (!has_span[row]) empty_rows_.push_back(static_cast<int64_t>(row));
-    sums_.resize(2 * chunks_.size());
+    num_sums_ = 1 + num_directions_of(rule_);
+    sums_.resize(num_sums_ * chunks_.size());
+    if (normalises_gradients(rule_)) grad_sums_.resize(chunks_.size()), grad_norms_.resize(layers_.size());
   }
 
   // See Lookup.
@@ -79,23 +81,39 @@ class Plan {
   bool is_flat() const { return lookup_.is_flat(); }
   void count() { lookup_.count(); }
 
-  at::Tensor accumulate(const py::object& grads, double grad_scale) {
+  // [num_layers, 1] fp64: sums of the squares of the gradients.
+  at::Tensor sums_before(const py::object& grads, double grad_scale) {
     const std::vector<at::Tensor> copies = take(grads, grad_scale);
+    at::Tensor sums = at::zeros({static_cast<int64_t>(treatments_.size()), 1}, at::kDouble);
+    py::gil_scoped_release release;
+    for_each_chunk(static_cast<int>(chunks_.size()), num_threads_for(total_numel_), [&](int c) { add_gradients(c); });
+    for (size_t l = 0; l < layers_.size(); ++l) sums.data_ptr<double>()[rows_[l]] = grad_sum(static_cast<int>(l));
+    return sums;
+  }
+
+  // grad_norms: [num_layers] of whole layers, and whether their sums were finite; null for rules that do not ask.
+  at::Tensor accumulate(const py::object& grads, double grad_scale, const std::optional<at::Tensor>& grad_norms,
+                        const std::optional<at::Tensor>& are_finite) {
+    const std::vector<at::Tensor> copies = take(grads, grad_scale);
+    take_norms(grad_norms, are_finite);
     const auto num_layers = static_cast<int64_t>(treatments_.size());
-    at::Tensor sums = at::zeros({num_layers, 2}, at::kDouble);
+    at::Tensor sums = at::zeros({num_layers, num_sums_}, at::kDouble);
     {
       py::gil_scoped_release release;
       for_each_chunk(static_cast<int>(chunks_.size()), num_threads_for(total_numel_),
                      [&](int c) { first(c, in_grad(c), std::nullopt); });
       double* out = sums.data_ptr<double>();
-      for (size_t l = 0; l < layers_.size(); ++l) layer_sums(static_cast<int>(l), out + 2 * rows_[l]);
+      for (size_t l = 0; l < layers_.size(); ++l) layer_sums(static_cast<int>(l), out + num_sums_ * rows_[l]);
     }
     return sums;
   }
 
+  // ratios: [num_layers, 1] or [num_layers, 2].
   void advance(const py::object& grads, double grad_scale, double lr, const at::Tensor& ratios,
-               const at::Tensor& weight_decays, const std::optional<at::Tensor>& shrinkage, const at::Tensor& is_finite) {
+               const at::Tensor& weight_decays, const std::optional<at::Tensor>& shrinkage, const at::Tensor& is_finite,
+               const std::optional<at::Tensor>& grad_norms, const std::optional<at::Tensor>& are_finite) {
     const std::vector<at::Tensor> copies = take(grads, grad_scale);
+    take_norms(grad_norms, are_finite);
     const at::Tensor ratios64 = ratios.to(at::kDouble).contiguous();
     const double* ratio = ratios64.data_ptr<double>();
     const double* decay = weight_decays.data_ptr<double>();
@@ -104,7 +122,8 @@ class Plan {
     py::gil_scoped_release release;
     for (size_t l = 0; l < layers_.size(); ++l) {
       const int64_t row = rows_[l];
-      set_ratio(layers_[l].scalars, rule_, is_fp64_, lr, ratio[row], decay[row], shrink ? shrink[row] : 1.0);
+      set_ratios(layers_[l].scalars, rule_, is_fp64_, lr, ratio + (num_sums_ - 1) * row, decay[row],
+                 shrink ? shrink[row] : 1.0);
     }
     const auto num_chunks = static_cast<int>(chunks_.size());
     for_each_chunk(num_chunks, num_threads_for(total_numel_), [&](int i) {
@@ -113,19 +132,19 @@ class Plan {
     });
   }
 
-  // A whole step. Returns [5, num_layers] fp64: weight norm, direction norm, trust ratio, local learning rate, weight
-  // decay in force; [num_layers] bool, whether the layer moved; and whether all have.
+  // A whole step. Returns [num_figures, num_layers] fp64, the rows of largebatch.telemetry.LayerStats; [num_layers] bool,
+  // whether the layer moved; and whether all have.
   std::tuple<at::Tensor, at::Tensor, bool> step(const py::object& grads, double grad_scale, double lr) {
     const std::vector<at::Tensor> copies = take(grads, grad_scale);
     const auto num_layers = static_cast<int64_t>(treatments_.size());
-    at::Tensor figures = at::zeros({num_layers, 5}, at::kDouble);
+    at::Tensor figures = at::zeros({num_layers, num_figures()}, at::kDouble);
     at::Tensor moved = at::ones({num_layers}, at::kBool);
     double* out = figures.data_ptr<double>();
     bool* good = moved.data_ptr<bool>();
     py::gil_scoped_release release;
-    const double nothing[2] = {0.0, 0.0};
+    const double nothing[1 + max_num_directions] = {};
     Layer empty{};
-    for (int64_t row : empty_rows_) decide(empty, row, nothing, lr, out);
+    for (int64_t row : empty_rows_) decide(empty, row, nothing, 0.0, lr, out);
     const int num_threads = num_threads_for(total_numel_);
     make_schedule(num_threads);
     const std::vector<Chunks>&waves = schedule_.waves, &batches = schedule_.batches;
@@ -153,7 +172,7 @@ class Plan {
         int current = -1;
         bool is_good = false;
         Layer layer{};
-        double found[2];
+        double found[1 + max_num_directions];
         for (auto c = done.rbegin(); c != done.rend(); ++c) {  // the last are still in the cache
           const int l = chunks_[*c].layer;
           // every thread that has a part of the layer computes the same; the one with its first chunk reports it
@@ -161,7 +180,8 @@ class Plan {
           if (l != current) layer_sums(l, found);
           if (l != current || is_reporter) {
             layer = layers_[l];
-            is_good = decide(layer, rows_[l], found, lr, is_reporter ? out : nullptr);
+            const double grad_norm = grad_norms_.empty() ? 0.0 : grad_norms_[l];
+            is_good = decide(layer, rows_[l], found, grad_norm, lr, is_reporter ? out : nullptr);
             if (is_reporter) good[rows_[l]] = is_good;
             current = l;
           }
@@ -182,6 +202,12 @@ class Plan {
       barrier(team);
       for (int wave = 0; wave < num_waves; ++wave) {
         const Chunks own = own_of(wave);
+        if (normalises_gradients(rule_)) {
+          for (int c = own.begin; c < own.end; ++c) add_gradients(c);
+          barrier(team);
+          find_grad_norms(waves[wave], thread, team);
+          barrier(team);
+        }
         for (Chunks taken; !(taken = queues.take(wave % ChunkQueues::num_sets, thread, team)).empty();)
           for (int c = taken.begin; c < taken.end; ++c) first_pass(c, own);
         fill(wave + 1);
@@ -189,6 +215,10 @@ class Plan {
         second_passes(own, waves[std::min(wave + 1, num_waves - 1)].begin);
       }
       for (int batch; (batch = next_batch.fetch_add(1, std::memory_order_relaxed)) < num_batches;) {
+        if (normalises_gradients(rule_)) {
+          for (int c = batches[batch].begin; c < batches[batch].end; ++c) add_gradients(c);
+          find_grad_norms(batches[batch], 0, 1);
+        }
         for (int c = batches[batch].begin; c < batches[batch].end; ++c) first_pass(c, batches[batch]);
         second_passes(batches[batch], batches[std::min(batch + team, num_batches - 1)].begin);
       }
@@ -202,7 +232,7 @@ class Plan {
     std::vector<at::Tensor> copies = lookup_.lay_out(grads);
     const std::vector<Place>& places = lookup_.places();
     const bool counts_steps = lookup_.counts_steps();
-    std::atomic<bool> can_keep{rule_.algorithm >= Algorithm::lamb}, keeps_in_grads{may_overwrite_grads_};
+    std::atomic<bool> can_keep{keeps_directions()}, keeps_in_grads{may_overwrite_grads_};
     is_fp64_ = !places.empty() && places[0].weight_dtype == Dtype::fp64;  // a call has weights of one type
     in_parallel_ranges(layers_.size(), [&](size_t begin, size_t end) {
       double last_step = -1;
@@ -238,6 +268,44 @@ class Plan {
     layer.state_dtype = place.state_dtype;
   }
 
+  // Whether the second pass can do with the direction alone.
+  bool keeps_directions() const { return rule_.algorithm >= Algorithm::lamb && num_directions_of(rule_) == 1; }
+
+  int64_t num_figures() const { return 3 + 2 * num_directions_of(rule_) + (normalises_gradients(rule_) ? 1 : 0); }
+
+  // --- norms of gradients, for rules that renew their state with them ---------------------------------------------------
+
+  void add_gradients(int c) {
+    const Layer& layer = layers_[chunks_[c].layer];
+    const auto [begin, end] = elements(c, layer);
+    grad_sums_[c] = passes_in_use()->square_sum(layer.grad, layer.grad_dtype, is_fp64_, layer.scalars.grad_scale, begin, end);
+  }
+
+  double grad_sum(int l) const {
+    double sum = 0.0;
+    for (int c = first_chunks_[l]; c < first_chunks_[l + 1]; ++c) sum += grad_sums_[c];
+    return sum;
+  }
+
+  void set_grad_norm(Layer& layer, double norm, bool is_finite) const {
+    layer.scalars.grad_norm = !is_finite ? std::nan("") : norm > 0 ? norm : 1.0;
+  }
+
+  // Of every team-th layer of these, which are all there.
+  void find_grad_norms(Chunks chunks, int thread, int team) {
+    for (int l = chunks_[chunks.begin].layer + thread; l <= chunks_[chunks.end - 1].layer; l += team) {
+      const double sum = grad_sum(l), norm = grad_norms_[l] = std::sqrt(sum);
+      set_grad_norm(layers_[l], is_fp64_ ? norm : static_cast<float>(norm), std::isfinite(sum));
+    }
+  }
+
+  void take_norms(const std::optional<at::Tensor>& grad_norms, const std::optional<at::Tensor>& are_finite) {
+    if (!grad_norms) return;
+    const at::Tensor norms = grad_norms->to(at::kDouble).contiguous();
+    for (size_t l = 0; l < layers_.size(); ++l)
+      set_grad_norm(layers_[l], norms.data_ptr<double>()[rows_[l]], are_finite->data_ptr<bool>()[rows_[l]]);
+  }
+
   int64_t bytes_of_element() const { return is_fp64_ ? 8 : 4; }
   int64_t bytes_of_chunk() const { return chunk_numel * bytes_of_element(); }
 
@@ -249,22 +317,33 @@ class Plan {
   }
 
   // Trust ratio of a layer from its sums of squares; false if the layer must not move.
-  bool decide(Layer& layer, int64_t row, const double* sums, double lr, double* out) const {
+  bool decide(Layer& layer, int64_t row, const double* sums, double grad_norm, double lr, double* out) const {
     const auto& [decay, decoupled_decay, seed, is_adapted] = treatments_[row];
     const double shrinkage = decoupled_decay != 0.0 ? 1.0 - lr * decoupled_decay : 1.0;
     double weight_norm = std::sqrt(sums[0]);
     if (shrinkage != 1.0) weight_norm *= std::abs(shrinkage);
-    const double direction_norm = std::sqrt(sums[1]);
-    double ratio = is_adapted ? trust_ratio(rule_, weight_norm, direction_norm, lr, decay) : 1.0;
-    if (!is_fp64_) ratio = static_cast<float>(ratio);  // rounded once, here
-    const bool is_defined = weight_norm > 0 && direction_norm > 0;
+    const int num_directions = num_directions_of(rule_);
+    double norms[max_num_directions], ratios[max_num_directions];
+    bool is_finite = std::isfinite(sums[0]);
+    for (int i = 0; i < num_directions; ++i) {
+      norms[i] = std::sqrt(sums[1 + i]);
+      ratios[i] = is_adapted ? trust_ratio(rule_, weight_norm, norms[i], lr, decay) : 1.0;
+      if (!is_fp64_) ratios[i] = static_cast<float>(ratios[i]);  // rounded once, here
+      is_finite = is_finite && std::isfinite(sums[1 + i]);
+    }
+    const bool is_defined = weight_norm > 0 && norms[0] > 0;
     const double decay_in_force = rule_.skip_zero_norm_layers && !is_defined ? 0.0 : decay;
     if (out) {
-      const double figures[] = {weight_norm, direction_norm, ratio, local_lr(is_fp64_, lr, ratio), decay_in_force};
-      std::copy(std::begin(figures), std::end(figures), out + 5 * row);
+      out += num_figures() * row;
+      *out++ = weight_norm;
+      out = std::copy_n(norms, num_directions, out);
+      out = std::copy_n(ratios, num_directions, out);
+      *out++ = local_lr(is_fp64_, lr, ratios[0]);
+      *out++ = decay_in_force;
+      if (normalises_gradients(rule_)) *out = grad_norm;
     }
-    set_ratio(layer.scalars, rule_, is_fp64_, lr, ratio, decay_in_force, shrinkage);
-    return std::isfinite(sums[0]) && std::isfinite(sums[1]);
+    set_ratios(layer.scalars, rule_, is_fp64_, lr, ratios, decay_in_force, shrinkage);
+    return is_finite;
   }
 
   std::pair<int64_t, int64_t> elements(int c, const Layer& layer) const {
@@ -300,15 +379,15 @@ class Plan {
   void first(int c, void* kept, const std::optional<Upcoming>& upcoming) {
     // a step that streams through memory leaves nothing of all this in the caches
     __builtin_prefetch(chunks_.data() + c + 32);
-    __builtin_prefetch(sums_.data() + 2 * (c + 16), 1);
+    __builtin_prefetch(sums_.data() + num_sums_ * (c + 16), 1);
     const Layer& layer = layers_[chunks_[c].layer];
     const auto [begin, end] = elements(c, layer);
     if (begin == 0) {
       __builtin_prefetch(&treatments_[rows_[chunks_[c].layer]]);
       __builtin_prefetch(&layer + 1), __builtin_prefetch(reinterpret_cast<const char*>(&layer + 1) + 64);
     }
-    passes_in_use()->first(rule_.algorithm, is_fp64_, layer, begin, end, &sums_[2 * c], kept,
-                            upcoming ? &*upcoming : nullptr);
+    double* const sums = &sums_[num_sums_ * c];
+    passes_in_use()->first(rule_.algorithm, is_fp64_, layer, begin, end, sums, kept, upcoming ? &*upcoming : nullptr);
   }
 
   void second(int c, const Layer& layer, const void* kept, const std::optional<Upcoming>& upcoming) const {
@@ -317,11 +396,9 @@ class Plan {
   }
 
   void layer_sums(int l, double* out) const {
-    out[0] = out[1] = 0.0;
-    for (int c = first_chunks_[l]; c < first_chunks_[l + 1]; ++c) {
-      out[0] += sums_[2 * c];
-      out[1] += sums_[2 * c + 1];
-    }
+    std::fill_n(out, num_sums_, 0.0);
+    for (int c = first_chunks_[l]; c < first_chunks_[l + 1]; ++c)
+      for (int i = 0; i < num_sums_; ++i) out[i] += sums_[num_sums_ * c + i];
   }
 
   void make_schedule(int num_threads) {
@@ -345,7 +422,9 @@ class Plan {
   std::vector<int> first_chunks_;                  // of each span, and the end
   std::vector<Chunk> chunks_;
   std::vector<int64_t> cumulative_;
-  std::vector<double> sums_;                       // [num_chunks, 2]
+  int num_sums_ = 2;                               // of weights and directions
+  std::vector<double> sums_;                       // [num_chunks, num_sums]
+  std::vector<double> grad_sums_, grad_norms_;     // of each chunk and span, for rules that ask for them
   Schedule schedule_;
   std::vector<std::vector<int>> done_;  // chunks whose first pass a thread has done, and not yet the second
 };

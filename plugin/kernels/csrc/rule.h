@@ -54,6 +54,7 @@ inline Algorithm algorithm_of(const std::string& name) {
   if (name == "lamb") return Algorithm::lamb;
   if (name == "nlamb") return Algorithm::nlamb;
   if (name == "nnlamb") return Algorithm::nnlamb;
+  if (name == "lans") return Algorithm::lans;
   throw py::key_error("the compiled kernels have no formulas for " + name);
 }
 
@@ -66,7 +67,7 @@ inline Rule rule_of(const std::string& name, const py::dict& options) {
   reader.read_bounds("trust_ratio_bounds", rule.has_trust_ratio_bounds, rule.trust_ratio_bounds);
   if (rule.algorithm >= Algorithm::lamb) {
     std::tie(rule.beta1, rule.beta2) = reader.take("betas").cast<std::pair<double, double>>();
-    const py::object correction = reader.take("bias_correction");
+    const py::object correction = rule.algorithm == Algorithm::lans ? py::bool_(true) : reader.take("bias_correction");
     rule.bias_correction_in_lr = py::isinstance<py::str>(correction);  // "lr"
     rule.bias_correction = !rule.bias_correction_in_lr && correction.cast<bool>();
   } else {
@@ -92,9 +93,9 @@ inline Scalars scalars_of(const Rule& rule, double step, double grad_scale) {
   s.grad_scale = grad_scale;
   s.beta1 = rule.beta1, s.beta2 = rule.beta2, s.eps = rule.eps, s.momentum = rule.momentum;
   s.is_nesterov = rule.nesterov;
-  s.shrinkage = 1.0, s.step_size = 1.0;
+  s.shrinkage = 1.0, s.step_size = 1.0, s.grad_norm = 1.0;
   s.m_in_m_hat = 1.0, s.v_in_v_hat = 1.0;
-  if (rule.algorithm == Algorithm::lamb) {
+  if (rule.algorithm == Algorithm::lamb || rule.algorithm == Algorithm::lans) {
     const double rest1 = 1.0 - std::pow(rule.beta1, step), rest2 = 1.0 - std::pow(rule.beta2, step);
     if (rule.bias_correction) s.m_in_m_hat = 1.0 / rest1, s.v_in_v_hat = 1.0 / rest2;
     if (rule.bias_correction_in_lr) s.step_size = std::sqrt(rest2) / rest1;
@@ -123,12 +124,18 @@ inline double local_lr(bool is_fp64, double lr, double ratio) {
   return is_fp64 ? lr * ratio : static_cast<float>(lr) * static_cast<float>(ratio);
 }
 
-// Puts a layer's ratio in force.
-inline void set_ratio(Scalars& s, const Rule& rule, bool is_fp64, double lr, double ratio, double weight_decay,
-                      double shrinkage) {
+// Puts a layer's ratios in force, as many as its rule has directions.
+inline void set_ratios(Scalars& s, const Rule& rule, bool is_fp64, double lr, const double* ratios, double weight_decay,
+                       double shrinkage) {
+  const double ratio = ratios[0];
   s.weight_decay = weight_decay;
   s.shrinkage = shrinkage;
-  s.step_size = local_lr(is_fp64, lr * s.step_size, ratio);
+  if (rule.algorithm == Algorithm::lans) {
+    s.step_size = local_lr(is_fp64, lr, local_lr(is_fp64, rule.beta1, ratio));
+    s.gradient_step_size = local_lr(is_fp64, lr, local_lr(is_fp64, 1.0 - rule.beta1, ratios[1]));
+  } else {
+    s.step_size = local_lr(is_fp64, lr * s.step_size, ratio);
+  }
   s.inside = rule.lr_in_momentum ? local_lr(is_fp64, lr, ratio) : ratio;
   s.outside = rule.lr_in_momentum ? 1.0 : lr;
 }

@@ -20,6 +20,11 @@ struct Rule {
   double weight_norm_bounds[2] = {}, trust_ratio_bounds[2] = {};
 };
 
+inline int num_directions_of(const Rule& rule) { return rule.algorithm == Algorithm::lans ? 2 : 1; }
+
+// Whether the state is renewed with the norm of the layer's whole gradient.
+inline bool normalises_gradients(const Rule& rule) { return rule.algorithm == Algorithm::lans; }
+
 inline double clamped(double value, const double* bounds) { return std::min(std::max(value, bounds[0]), bounds[1]); }
 
 inline double trust_ratio(const Rule& rule, double weight_norm, double direction_norm, double lr, double weight_decay) {
