@@ -26,14 +26,7 @@ logger = logging.getLogger("largebatch")
 
 NAME = "largebatch_cpu_kernels"
 SOURCE_FOLDER = pathlib.Path(__file__).parent / "csrc"
-SOURCES = (
-    "binding.cpp",
-    "instruction_sets.cpp",
-    "objects.cpp",
-    "passes_portable.cpp",
-    "passes_avx2.cpp",
-    "passes_avx512.cpp",
-)
+SOURCES = ("binding.cpp", "passes_portable.cpp", "passes_avx2.cpp", "passes_avx512.cpp")
 # no contraction: every instruction set rounds alike; square roots without errno, so that loops are vectorised
 FLAGS = ("-O3", "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 
@@ -101,7 +94,10 @@ def build(library: pathlib.Path) -> None:
 
     if not cpp_extension.is_ninja_available():
         raise CannotBuildError("ninja is not installed")
-    logger.info("compiling the CPU kernels into %s (once, about a minute)", library.parent)
+    # a warning, so that whoever has not set up logging sees why nothing moves
+    logger.warning(
+        "compiling the CPU kernels into %s: once for this torch and compiler, one to two minutes", library.parent
+    )
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         try:
             cpp_extension.load(

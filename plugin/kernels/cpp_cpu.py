@@ -6,6 +6,7 @@ state is laid out otherwise, is worked on in a copy.
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields
 from typing import Any
 
@@ -22,27 +23,26 @@ def rule_options(rule: Rule) -> dict[str, Any]:
     return {field.name: getattr(rule, field.name) for field in fields(rule)}
 
 
+VARIABLE = "LARGEBATCH_INSTRUCTION_SET"
+
+
 class CppKernels:
-    """See :class:`largebatch.kernels.interface.CompiledKernels`."""
+    """See :class:`largebatch.kernels.interface.FusedKernels`."""
 
     name = "cpp"
     is_fused = True
 
     def __init__(self) -> None:
-        self.module = self.objects = cpu_kernels()
+        """
+        Raises:
+            CannotBuildError: no compiler, no ninja, or the compiler failed.
+        """
+        self.module = cpu_kernels()
 
     def is_current(self, segments: Segments) -> bool:
         plan = plan_of(self.module, segments)
         segments.prepared["cpp is looked up"] = True
         return plan.look_up(segments.grads)
-
-    def find_gradients(self, segments: Segments) -> bool:
-        grads = plan_of(self.module, segments).find_gradients()
-        if grads is None:
-            return False
-        segments.grads = grads
-        segments.prepared["cpp is looked up"] = True
-        return True
 
     def grad_square_sum(self, segments: Segments) -> Tensor:
         return self.module.square_sums([grad.detach() for grad in segments.grads]).sum()
@@ -78,6 +78,19 @@ class CppKernels:
 
 def norms_of(before: Before | None) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if before is None else (before.norms[0], before.is_finite)
+
+
+def use_instruction_set(module: Any) -> None:
+    """The one that the environment variable LARGEBATCH_INSTRUCTION_SET names; without it the best that this processor has.
+
+    Raises:
+        ValueError: this processor has it not.
+    """
+    known = module.instruction_sets()
+    wanted = os.environ.get(VARIABLE, known[0])
+    if wanted not in known:
+        raise ValueError(f"{VARIABLE} is {wanted!r}; this processor has {', '.join(map(repr, known))}")
+    module.use_instruction_set(wanted)
 
 
 def as_float(grad_scale: Tensor | None) -> float:

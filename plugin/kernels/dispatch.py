@@ -90,15 +90,17 @@ def reference(device_type: str) -> Kernels:
 def cpp(device_type: str) -> Kernels:
     if device_type != "cpu":
         raise UnavailableKernelsError(f"kernels 'cpp' work on cpu tensors, not on {device_type} ones; use 'auto'")
-    from largebatch.kernels.cpp_cpu import CppKernels
+    from largebatch.kernels.cpp_cpu import CppKernels, use_instruction_set
 
     try:
-        return CppKernels()
+        kernels = CppKernels()
     except Exception as error:  # whatever compilers, loaders and file systems raise
         raise UnavailableKernelsError(
             f"kernels 'cpp' cannot be built: {reason_of(error)}. They need a C++ compiler, ninja, and a folder to keep them in "
             "(TORCH_EXTENSIONS_DIR); or use 'auto' or 'reference'"
         ) from error
+    use_instruction_set(kernels.module)
+    return kernels
 
 
 def triton(device_type: str) -> Kernels:

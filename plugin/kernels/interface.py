@@ -211,8 +211,6 @@ class Kernels(Protocol):
     name: str
     is_fused: bool
     """Whether ``step_`` reads the memory fewer times than ``accumulate_`` and ``advance_`` together."""
-    objects: Any
-    """A compiled :class:`largebatch.optim.plan.Objects` of :class:`CompiledKernels`; None of all others."""
 
     def is_current(self, segments: Segments) -> bool:
         """Whether the weights still have the device, dtype and shape that they had at the first call.
@@ -270,19 +268,4 @@ class FusedKernels(Kernels, Protocol):
 
     def step_(self, segments: Segments, *, grad_scale: Tensor | None) -> LayerFigures:
         """``accumulate_``, trust ratios and ``advance_``, for layers that lie in these tensors as a whole."""
-        ...
-
-
-class CompiledKernels(FusedKernels, Protocol):
-    """A backend that reads tensors without Python."""
-
-    def find_gradients(self, segments: Segments) -> bool:
-        """In the place of ``is_current``: looks for the gradients, too, in the weights' attributes.
-
-        Args:
-            segments: ``weights`` plain tensors, no subclasses; ``grads`` replaced.
-
-        Returns:
-            False, and leaves ``grads`` as they are, if a weight has none or ``is_current`` would say so.
-        """
         ...

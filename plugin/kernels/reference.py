@@ -33,7 +33,6 @@ class ReferenceKernels:
 
     name = "reference"
     is_fused = False
-    objects = None
 
     def is_current(self, segments: Segments) -> bool:
         return segments.have_same_layout()

@@ -206,7 +206,6 @@ class TritonKernels:
 
     name = "triton"
     is_fused = True
-    objects = None
 
     def is_current(self, segments: Segments) -> bool:
         return segments.have_same_layout()

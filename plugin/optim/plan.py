@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter, is_
-from typing import Any, Protocol
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from largebatch.config import LEARNING_RATE, CommonOptions, as_python
@@ -23,32 +23,13 @@ from largebatch.rules.rule import Rule
 GRAD = attrgetter("grad")
 
 
-class Objects(Protocol):
-    """How the objects of two steps are compared, by identity. A compiled backend does it without touching them."""
-
-    def same_items(self, first: list[Any], second: list[Any]) -> bool: ...
-
-    def same_values(self, mapping: Mapping[Any, Any], values: list[Any]) -> bool:
-        """In the mapping's order, which is that of insertion."""
-        ...
-
-    def same_values_of_all(self, mappings: list[dict[str, Any]], values: list[Any]) -> bool: ...
+def same_items(first: list[Any], second: list[Any]) -> bool:
+    """Whether both have the same objects in the same order."""
+    return len(first) == len(second) and all(map(is_, first, second))
 
 
-class PlainObjects:
-    """See :class:`Objects`."""
-
-    def same_items(self, first: list[Any], second: list[Any]) -> bool:
-        return len(first) == len(second) and all(map(is_, first, second))
-
-    def same_values(self, mapping: Mapping[Any, Any], values: list[Any]) -> bool:
-        return self.same_items(list(mapping.values()), values)
-
-    def same_values_of_all(self, mappings: list[dict[str, Any]], values: list[Any]) -> bool:
-        return self.same_items(list(chain.from_iterable(map(dict.values, mappings))), values)
-
-
-PLAIN_OBJECTS = PlainObjects()
+def values_of_all(mappings: list[dict[str, Any]]) -> list[Any]:
+    return list(chain.from_iterable(map(dict.values, mappings)))
 
 
 def option_values(group: Mapping[str, Any], names: tuple[str, ...]) -> list[Any]:
@@ -83,19 +64,16 @@ class GroupPlan:
     calls: list[Call]
     local_places: list[tuple] | None
     """Where in memory lies what this rank holds of each parameter, if any is a DTensor."""
-    kernels_find_gradients: bool
-    """Whether the backends can find them: they take a weight's attribute as it is, not what a subclass makes of it."""
-    objects: Objects
 
     def renew(self, optimizer_state: Mapping[Tensor, dict[str, Any]]) -> bool:
         """Hands this step's gradients and learning rate to the calls; False if anything else has changed."""
-        group, objects = self.group, self.objects
-        if not objects.same_items(group["params"], self.params):
-            return False
+        group = self.group
         # the order of a dict is that of insertion, so equal values are those of the same tensors
-        if not objects.same_values(optimizer_state, self.all_states):
-            return False
-        if not objects.same_values_of_all(self.states, self.state_tensors):
+        if not (
+            same_items(group["params"], self.params)
+            and same_items(list(optimizer_state.values()), self.all_states)
+            and same_items(values_of_all(self.states), self.state_tensors)
+        ):
             return False
         if any(parameter.grad is not None for parameter in self.without_grad):
             return False
@@ -105,8 +83,6 @@ class GroupPlan:
         LEARNING_RATE("lr", lr)
         for call in self.calls:
             call.segments.lr = lr
-        if self.kernels_find_gradients:
-            return all(call.kernels.find_gradients(call.segments) for call in self.calls)
         return self.collect_gradients()
 
     def renew_options(self) -> bool:
@@ -152,8 +128,6 @@ def plan_group(
     without_grad = [parameter for parameter in params if parameter.grad is None]
     states = [optimizer_state[parameter] for parameter in params if parameter.grad is not None]
     local_places = list(map(place_of, params)) if any(isinstance(p, DTensor) for p in params) else None
-    are_plain = all(type(weight) in (Tensor, nn.Parameter) for call in calls for weight in call.segments.weights)
-    are_compiled = all(call.kernels.objects is not None for call in calls)
     return GroupPlan(
         group,
         params,
@@ -163,9 +137,7 @@ def plan_group(
         without_grad,
         list(optimizer_state.values()),
         states,
-        list(chain.from_iterable(map(dict.values, states))),
+        values_of_all(states),
         calls,
         local_places,
-        local_places is None and are_plain and are_compiled,
-        next((call.kernels.objects for call in calls if call.kernels.objects is not None), PLAIN_OBJECTS),
     )

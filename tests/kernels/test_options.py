@@ -74,6 +74,18 @@ def test_triton_takes_each_option_by_its_name(name, option, monkeypatch):
                 function(rule)
 
 
+def test_an_instruction_set_by_name(monkeypatch):
+    with using("cpp-portable"):
+        module = dispatch.choose("cpu", "cpp").module
+        for name in module.instruction_sets():
+            monkeypatch.setenv("LARGEBATCH_INSTRUCTION_SET", name)
+            cpp_cpu.use_instruction_set(module)
+            assert module.instruction_set() == name
+        monkeypatch.setenv("LARGEBATCH_INSTRUCTION_SET", "avx1024")
+        with pytest.raises(ValueError, match="LARGEBATCH_INSTRUCTION_SET is 'avx1024'; this processor has .*'portable'"):
+            cpp_cpu.use_instruction_set(module)
+
+
 def test_a_rule_takes_all_of_its_options_from_the_optimizers():
     for name, cls in RULES.items():
         assert rule_named(name) == rule_of(cls, rule_named(name)) and issubclass(cls, Rule)

@@ -48,29 +48,14 @@ struct Layer {
   Scalars scalars;
 };
 
-// Elements ahead of itself for which a pass in vectors asks memory. With the layers of ResNet-50 on two cores of an Intel Xeon all
-// from 512 to 2048 are alike; of an AMD EPYC (Zen 5) all from 384 to 1536, but for less than 1024 in the second pass of LARS.
-// Layers shorter than a chunk decide the rest: there LAMB, which has more arrays, is slower from 768 on, LARS below 640, and
-// the second pass of LARS beyond 768.
-constexpr int64_t first_ahead_of_lamb = 512, first_ahead_of_lars = 768;
-constexpr int64_t second_ahead = 1024, second_ahead_if_short = 640;
-
-// Addresses that the thread comes to when a pass is through, of fp32 elements: the first pass asks for memory upwards from
-// there, the second one downwards, where each would otherwise ask for what lies beyond its own end.
-struct Upcoming {
-  const float *weight, *grad, *state[2];
-};
-
 struct Passes {
   const char* name;
   // Renews the state of elements [begin, end) if the rule accumulates; sums[0], sums[1], ...: squares of weights and directions.
   // kept: null, or a place for the direction of these elements in the compute type, for the second pass; may be the
   // gradient itself. Only for LAMB and its kin with state that is stored as it is computed.
-  // Upcoming: null where the thread comes to the following elements, or where it matters little.
-  void (*first)(Algorithm, bool is_fp64, const Layer&, int64_t begin, int64_t end, double* sums, void* kept,
-                const Upcoming*);
+  void (*first)(Algorithm, bool is_fp64, const Layer&, int64_t begin, int64_t end, double* sums, void* kept);
   // Writes the new weights of elements [begin, end), and the state of a rule that does not accumulate.
-  void (*second)(Algorithm, bool is_fp64, const Layer&, int64_t begin, int64_t end, const void* kept, const Upcoming*);
+  void (*second)(Algorithm, bool is_fp64, const Layer&, int64_t begin, int64_t end, const void* kept);
   // Sum of the squares of elements [begin, end) times scale, rounded to fp64 or fp32 before they are squared.
   double (*square_sum)(const void* values, Dtype, bool is_fp64, double scale, int64_t begin, int64_t end);
 };

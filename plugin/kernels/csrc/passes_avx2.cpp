@@ -1,19 +1,26 @@
-// The same loops with AVX2; called only where the processor has it.
+// The passes in AVX2; called only where the processor has it.
 #include <algorithm>
+#include <cstring>
+#include <type_traits>
+#include <utility>
 
-#include "inlining.h"
 #include "passes.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 
+#include <immintrin.h>
+
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2")
+#pragma GCC target("avx2,fma")
 #endif
 
+#define LARGEBATCH_AVX2
+
 namespace largebatch {
+#include "vectors.h"
 #include "passes.inc"
 }  // namespace largebatch
 
@@ -26,7 +33,7 @@ namespace largebatch {
 namespace largebatch {
 
 const Passes* passes_avx2() {
-  static const Passes passes{"avx2", first_dispatch, second_dispatch, square_sum_dispatch};
+  static const Passes passes{"avx2", first, second, square_sum};
   return &passes;
 }
 

@@ -1,17 +1,17 @@
-// For any processor: what the compiler makes of the loops for its default target.
+// The passes for any processor of the compiler's default target.
 #include <algorithm>
+#include <cstring>
+#include <type_traits>
+#include <utility>
 
-#include "inlining.h"
 #include "passes.h"
 
 namespace largebatch {
+#include "vectors.h"
 #include "passes.inc"
-}  // namespace largebatch
-
-namespace largebatch {
 
 const Passes* passes_portable() {
-  static const Passes passes{"portable", first_dispatch, second_dispatch, square_sum_dispatch};
+  static const Passes passes{"portable", first, second, square_sum};
   return &passes;
 }
 

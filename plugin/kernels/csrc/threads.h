@@ -1,4 +1,4 @@
-// Work in teams of threads.
+// Teams of threads, and the caches that they have.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -10,7 +10,6 @@
 #endif
 
 #include <cstdint>
-#include <exception>
 #include <fstream>
 #include <string>
 
@@ -50,35 +49,17 @@ inline int64_t third_level_cache_bytes() {
   return bytes;
 }
 
-// Calls work(thread, num_threads) on each thread of a team. Work that may throw must not wait for the others.
+// Calls work(thread, num_threads) on each thread of a team. It must not throw: the others would wait for ever.
 template <class Work>
 void in_parallel(int num_threads, Work work) {
 #ifdef _OPENMP
   if (num_threads > 1) {
-    std::exception_ptr error;
 #pragma omp parallel num_threads(num_threads)
-    try {
-      work(omp_get_thread_num(), omp_get_num_threads());
-    } catch (...) {
-#pragma omp critical
-      error = std::current_exception();
-    }
-    if (error) std::rethrow_exception(error);
+    work(omp_get_thread_num(), omp_get_num_threads());
     return;
   }
 #endif
   work(0, 1);
-}
-
-// For what is looked up for each of some tensors.
-inline int num_threads_for_tensors(size_t count) { return count < 1000 ? 1 : at::get_num_threads(); }
-
-// Calls work(begin, end) on each thread of such a team for its part of [0, count).
-template <class Work>
-void in_parallel_ranges(size_t count, Work work) {
-  in_parallel(num_threads_for_tensors(count), [&](size_t thread, size_t team) {
-    work(count * thread / team, count * (thread + 1) / team);
-  });
 }
 
 inline void barrier(int num_threads) {
