@@ -25,7 +25,7 @@ OTHER_TRITON = "3.6.0"
 OTHER_FOLDER = pathlib.Path(sys.prefix) / f"triton-{OTHER_TRITON}"
 """Where launch/test.sh puts it: beside the installed one, not in its place."""
 
-ALGORITHMS = ("lars", "lars2019", "lamb", "nlamb", "nnlamb")
+ALGORITHMS = ("lars", "lars2019", "lamb", "nlamb", "nnlamb", "lans")
 KINDS = (
     "torch.bfloat16", "torch.float16", "torch.float64", "bf16 state", "partition", "sharded", "scaler", "scaler and clip",
     "lr tensor", "counts",
@@ -80,6 +80,7 @@ def test_a_step_reaches_the_launch(walks, version, capability, case):
     assert happened["late"] == 0
     wanted = {"probe_kernel"} if case == "probe" else {"first_kernel", "layer_kernel", "second_kernel"}
     wanted |= {"square_kernel"} if "and clip" in case or "max_grad_norm" in case else set()
+    wanted |= {"square_kernel", "norm_kernel"} if case.startswith("lans") else set()
     assert set(happened["kernels"]) == wanted
 
 

@@ -82,7 +82,9 @@ def test_an_instruction_set_by_name(monkeypatch):
             cpp_cpu.use_instruction_set(module)
             assert module.instruction_set() == name
         monkeypatch.setenv("LARGEBATCH_INSTRUCTION_SET", "avx1024")
-        with pytest.raises(ValueError, match="LARGEBATCH_INSTRUCTION_SET is 'avx1024'; this processor has .*'portable'"):
+        with pytest.raises(
+            ValueError, match="LARGEBATCH_INSTRUCTION_SET is 'avx1024'; this processor has .*'portable'"
+        ):
             cpp_cpu.use_instruction_set(module)
 
 
