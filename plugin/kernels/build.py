@@ -26,7 +26,7 @@ logger = logging.getLogger("largebatch")
 
 NAME = "largebatch_cpu_kernels"
 SOURCE_FOLDER = pathlib.Path(__file__).parent / "csrc"
-SOURCES = ("binding.cpp", "passes_portable.cpp", "passes_avx2.cpp", "passes_avx512.cpp")
+SOURCES = ("binding.cpp", "instruction_sets.cpp", "passes_portable.cpp", "passes_avx2.cpp", "passes_avx512.cpp")
 # no contraction: every instruction set rounds alike; square roots without errno, so that loops are vectorised
 FLAGS = ("-O3", "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 

@@ -8,6 +8,8 @@ namespace largebatch {
 
 enum class Dtype : int { fp64 = 0, fp32 = 1, bf16 = 2, fp16 = 3 };
 
+constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::fp64 ? 8 : dtype == Dtype::fp32 ? 4 : 2; }
+
 enum class Algorithm : int { lars2017 = 0, lars2019 = 1, lamb = 2, nlamb = 3, nnlamb = 4, lans = 5 };
 
 // Of the vectors whose norms a rule wants beside that of the weights: 1, of LANS 2.

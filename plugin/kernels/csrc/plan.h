@@ -2,26 +2,21 @@
 //
 // A fused step goes through the layers few by few: first pass, trust ratios, second pass over what the caches still hold.
 // Sums are taken chunk by chunk in a fixed order, so that neither the number of threads nor the schedule changes a bit.
+// Nothing here knows Python or torch.
 #pragma once
 
 #include <algorithm>
 #include <array>
 #include <atomic>
 #include <cmath>
-#include <optional>
-#include <string>
-#include <tuple>
-#include <utility>
 #include <vector>
 
+#include "instruction_sets.h"
 #include "passes.h"
 #include "rule.h"
-#include "tensors.h"
 #include "threads.h"
 
 namespace largebatch {
-
-const Passes*& passes_in_use();
 
 // [begin, end)
 struct Chunks {
@@ -35,21 +30,26 @@ struct Treatment {
   bool is_adapted;
 };
 
+// A part of a layer that lies in a tensor; see largebatch.kernels.interface.Span.
+struct Span {
+  int64_t tensor, start, numel, row, layer_start;
+};
+
+// Where a weight and what belongs to it lie in this step: addresses of their first elements.
+struct Place {
+  char *weight, *grad, *state[2];
+  const float* step;  // null if nobody counts
+  Dtype weight_dtype, grad_dtype, state_dtype;
+  bool may_overwrite_grad;
+};
+
 class Plan {
  public:
-  Plan(std::vector<at::Tensor> weights, std::vector<std::vector<at::Tensor>> states, std::vector<at::Tensor> steps,
-       std::vector<std::array<int64_t, 5>> spans, const std::vector<double>& weight_decays,
-       const std::vector<double>& decoupled_weight_decays, const std::vector<bool>& are_adapted,
-       const std::vector<uint32_t>& seeds, const std::string& rule, const py::dict& options, bool may_overwrite_grads)
-      : lookup_(std::move(weights), std::move(states), std::move(steps)),
-        rule_(rule_of(rule, options)),
-        may_overwrite_grads_(may_overwrite_grads),
-        num_sums_(1 + num_directions_of(rule_)) {
-    std::vector<bool> has_span(weight_decays.size(), false);
-    for (size_t row = 0; row < weight_decays.size(); ++row)
-      treatments_.push_back({weight_decays[row], decoupled_weight_decays[row], seeds[row], are_adapted[row]});
+  Plan(std::vector<Span> spans, std::vector<Treatment> treatments, const Rule& rule)
+      : rule_(rule), treatments_(std::move(treatments)), num_sums_(1 + num_directions_of(rule_)) {
+    std::vector<bool> has_span(treatments_.size(), false);
     // short layers side by side, so that a thread has many of them in a row
-    std::stable_partition(spans.begin(), spans.end(), [](const auto& span) { return span[2] >= chunk_numel; });
+    std::stable_partition(spans.begin(), spans.end(), [](const Span& span) { return span.numel >= chunk_numel; });
     for (const auto& [tensor, start, numel, row, layer_start] : spans) {
       Layer layer{};
       layer.numel = numel;
@@ -72,103 +72,23 @@ class Plan {
     if (normalises_gradients(rule_)) grad_sums_.resize(num_chunks()), grad_norms_.resize(layers_.size());
   }
 
-  // See Lookup.
-  bool look_up(const py::list& grads) { return lookup_.renew(grads); }
-  bool is_flat() const { return lookup_.is_flat(); }
-  void count() { lookup_.count(); }
-
-  // [num_layers, 1] fp64: sums of the squares of the gradients.
-  at::Tensor sums_before(const py::list& grads, double grad_scale) {
-    const std::vector<at::Tensor> copies = take(grads, grad_scale);
-    at::Tensor sums = at::zeros({num_layers(), 1}, at::kDouble);
-    py::gil_scoped_release release;
-    for_each_chunk([&](int c) { add_gradients(c); });
-    for (int l = 0; l < num_spans(); ++l) sums.data_ptr<double>()[rows_[l]] = grad_sum(l);
-    return sums;
-  }
-
-  // [num_layers, num_sums] fp64: of the squares of weights and directions.
-  // grad_norms: [num_layers] of whole layers, and whether their sums were finite; null for rules that do not ask.
-  at::Tensor accumulate(const py::list& grads, double grad_scale, const std::optional<at::Tensor>& grad_norms,
-                        const std::optional<at::Tensor>& are_finite) {
-    const std::vector<at::Tensor> copies = take(grads, grad_scale);
-    take_norms(grad_norms, are_finite);
-    at::Tensor sums = at::zeros({num_layers(), num_sums_}, at::kDouble);
-    py::gil_scoped_release release;
-    for_each_chunk([&](int c) { first(c); });
-    for (int l = 0; l < num_spans(); ++l) layer_sums(l, sums.data_ptr<double>() + num_sums_ * rows_[l]);
-    return sums;
-  }
-
-  // ratios: [num_layers, 1] or [num_layers, 2].
-  void advance(const py::list& grads, double grad_scale, double lr, const at::Tensor& ratios,
-               const at::Tensor& weight_decays, const std::optional<at::Tensor>& shrinkage, const at::Tensor& is_finite,
-               const std::optional<at::Tensor>& grad_norms, const std::optional<at::Tensor>& are_finite) {
-    const std::vector<at::Tensor> copies = take(grads, grad_scale);
-    take_norms(grad_norms, are_finite);
-    const at::Tensor ratios64 = ratios.to(at::kDouble).contiguous();
-    const double* ratio = ratios64.data_ptr<double>();
-    const double* decay = weight_decays.data_ptr<double>();
-    const double* shrink = shrinkage ? shrinkage->data_ptr<double>() : nullptr;
-    const bool* good = is_finite.data_ptr<bool>();
-    py::gil_scoped_release release;
-    for (int l = 0; l < num_spans(); ++l) {
-      const int64_t row = rows_[l];
-      set_ratios(layers_[l].scalars, rule_, is_fp64_, lr, ratio + (num_sums_ - 1) * row, decay[row],
-                 shrink ? shrink[row] : 1.0);
-    }
-    for_each_chunk([&](int i) {
-      const int c = num_chunks() - 1 - i;  // the last are still in the cache
-      if (good[rows_[layers_of_chunks_[c]]]) second(c, layers_[layers_of_chunks_[c]]);
-    });
-  }
-
-  // A whole step. Returns [num_figures, num_layers] fp64, the rows of largebatch.telemetry.LayerStats; [num_layers] bool,
-  // whether the layer moved; and whether all have.
-  std::tuple<at::Tensor, at::Tensor, bool> step(const py::list& grads, double grad_scale, double lr) {
-    const std::vector<at::Tensor> copies = take(grads, grad_scale);
-    at::Tensor figures = at::zeros({num_layers(), num_figures()}, at::kDouble);
-    at::Tensor moved = at::ones({num_layers()}, at::kBool);
-    double* out = figures.data_ptr<double>();
-    bool* good = moved.data_ptr<bool>();
-    py::gil_scoped_release release;
-    const double nothing[1 + max_num_directions] = {};
-    Layer empty{};
-    for (int64_t row : empty_rows_) decide(empty, row, nothing, 0.0, lr, out);
-    const int num_threads = num_threads_for(total_numel());
-    make_schedule(num_threads);
-    std::atomic<size_t> next_batch{0};
-    in_parallel(num_threads, [&](int thread, int team) {
-      for (Chunks wave : waves_) step_of(wave, thread, team, lr, out, good);
-      for (size_t batch; (batch = next_batch.fetch_add(1, std::memory_order_relaxed)) < batches_.size();)
-        step_of(batches_[batch], 0, 1, lr, out, good);
-    });
-    return {figures.t(), moved, std::all_of(good, good + num_layers(), [](bool is) { return is; })};
-  }
-
- private:
   int64_t num_layers() const { return static_cast<int64_t>(treatments_.size()); }
-  int num_spans() const { return static_cast<int>(layers_.size()); }
-  int num_chunks() const { return static_cast<int>(layers_of_chunks_.size()); }
-  int64_t total_numel() const { return cumulative_.empty() ? 0 : cumulative_.back(); }
+  int num_sums() const { return num_sums_; }
   int64_t num_figures() const { return 3 + 2 * num_directions_of(rule_) + (normalises_gradients(rule_) ? 1 : 0); }
+  int64_t total_numel() const { return cumulative_.empty() ? 0 : cumulative_.back(); }
 
-  // --- one call -------------------------------------------------------------------------------------------------------
-
-  // Addresses, as looked up, and scalars of this step. Returns what has to live as long as the call.
-  std::vector<at::Tensor> take(const py::list& grads, double grad_scale) {
-    std::vector<at::Tensor> copies = lookup_.lay_out(grads);
-    const std::vector<Place>& places = lookup_.places();
+  // What each of the next calls works on, to be said before it.
+  void take(const std::vector<Place>& places, double grad_scale) {
     is_fp64_ = !places.empty() && places[0].weight_dtype == Dtype::fp64;  // a call has weights of one type
     // the second pass of LAMB and its kin can do with the direction alone
-    keeps_in_grads_ = may_overwrite_grads_ && rule_.algorithm >= Algorithm::lamb && num_directions_of(rule_) == 1;
+    keeps_in_grads_ = rule_.algorithm >= Algorithm::lamb && num_directions_of(rule_) == 1;
     double last_step = -1;
     Scalars common{};
     for (int l = 0; l < num_spans(); ++l) {
       Layer& layer = layers_[l];
       const Place& place = places[tensors_[l]];
       const Treatment& treatment = treatments_[rows_[l]];
-      const double step = lookup_.counts_steps() ? static_cast<double>(*place.step) + 1.0 : 0.0;
+      const double step = place.step ? static_cast<double>(*place.step) + 1.0 : 0.0;
       if (step != last_step) common = scalars_of(rule_, last_step = step, grad_scale);
       layer.scalars = common;
       layer.scalars.weight_decay = treatment.weight_decay;
@@ -179,18 +99,69 @@ class Plan {
       layer.state_dtype = place.state_dtype;
       layer.weight = place.weight + starts_[l] * size_of(place.weight_dtype);
       layer.grad = place.grad + starts_[l] * size_of(place.grad_dtype);
-      for (size_t s = 0; s < lookup_.num_states(); ++s)
-        layer.state[s] = place.state[s] + starts_[l] * size_of(place.state_dtype);
-      if (layer.state_dtype == Dtype::bf16) keeps_in_grads_ = false;
-      // not through a copy of the gradient, which would not be there in the second pass of a step in two calls
-      if (layer.grad_dtype != (is_fp64_ ? Dtype::fp64 : Dtype::fp32) || !place.is_grad_alike) keeps_in_grads_ = false;
+      for (int s = 0; s < 2; ++s)
+        layer.state[s] = place.state[s] ? place.state[s] + starts_[l] * size_of(place.state_dtype) : nullptr;
+      const bool has_room = layer.grad_dtype == (is_fp64_ ? Dtype::fp64 : Dtype::fp32) && layer.state_dtype != Dtype::bf16;
+      if (!place.may_overwrite_grad || !has_room) keeps_in_grads_ = false;
     }
-    return copies;
   }
 
+  // The norms of whole layers' gradients, [num_layers], and whether their sums were finite; for rules that ask for them.
+  void take_norms(const double* norms, const bool* are_finite) {
+    for (int l = 0; l < num_spans(); ++l) set_grad_norm(layers_[l], norms[rows_[l]], are_finite[rows_[l]]);
+  }
+
+  // sums: [num_layers], zeros: of the squares of the gradients.
+  void sums_before(double* sums, int num_threads) {
+    for_each_chunk(num_threads, [&](int c) { add_gradients(c); });
+    for (int l = 0; l < num_spans(); ++l) sums[rows_[l]] = grad_sum(l);
+  }
+
+  // sums: [num_layers, num_sums], zeros: of the squares of weights and directions.
+  void accumulate(double* sums, int num_threads) {
+    for_each_chunk(num_threads, [&](int c) { first(c); });
+    for (int l = 0; l < num_spans(); ++l) layer_sums(l, sums + num_sums_ * rows_[l]);
+  }
+
+  // ratios: [num_layers, num_sums - 1]; the others [num_layers]; shrinkage may be null.
+  void advance(double lr, const double* ratios, const double* weight_decays, const double* shrinkage, const bool* is_finite,
+               int num_threads) {
+    for (int l = 0; l < num_spans(); ++l) {
+      const int64_t row = rows_[l];
+      set_ratios(layers_[l].scalars, rule_, is_fp64_, lr, ratios + (num_sums_ - 1) * row, weight_decays[row],
+                 shrinkage ? shrinkage[row] : 1.0);
+    }
+    for_each_chunk(num_threads, [&](int i) {
+      const int c = num_chunks() - 1 - i;  // the last are still in the cache
+      if (is_finite[rows_[layers_of_chunks_[c]]]) second(c, layers_[layers_of_chunks_[c]]);
+    });
+  }
+
+  // A whole step. figures: [num_layers, num_figures], the rows of largebatch.telemetry.LayerStats; good: [num_layers], whether
+  // the layer moved.
+  void step(double lr, double* figures, bool* good, int num_threads) {
+    const double nothing[1 + max_num_directions] = {};
+    Layer empty{};
+    std::fill_n(good, num_layers(), true);
+    for (int64_t row : empty_rows_) decide(empty, row, nothing, 0.0, lr, figures);
+    make_schedule(num_threads);
+    std::atomic<size_t> next_batch{0};
+    in_parallel(num_threads, [&](int thread, int team) {
+      for (Chunks wave : waves_) step_of(wave, thread, team, lr, figures, good);
+      for (size_t batch; (batch = next_batch.fetch_add(1, std::memory_order_relaxed)) < batches_.size();)
+        step_of(batches_[batch], 0, 1, lr, figures, good);
+    });
+  }
+
+ private:
+  int num_spans() const { return static_cast<int>(layers_.size()); }
+  int num_chunks() const { return static_cast<int>(layers_of_chunks_.size()); }
+
+  // --- one call -------------------------------------------------------------------------------------------------------
+
   template <class Work>
-  void for_each_chunk(Work work) {
-    in_parallel(num_threads_for(total_numel()), [&](int thread, int team) {
+  void for_each_chunk(int num_threads, Work work) {
+    in_parallel(num_threads, [&](int thread, int team) {
       const Chunks own = share_of({0, num_chunks()}, thread, team);
       for (int c = own.begin; c < own.end; ++c) work(c);
     });
@@ -319,13 +290,6 @@ class Plan {
     }
   }
 
-  void take_norms(const std::optional<at::Tensor>& grad_norms, const std::optional<at::Tensor>& are_finite) {
-    if (!grad_norms) return;
-    const at::Tensor norms = grad_norms->to(at::kDouble).contiguous();
-    for (int l = 0; l < num_spans(); ++l)
-      set_grad_norm(layers_[l], norms.data_ptr<double>()[rows_[l]], are_finite->data_ptr<bool>()[rows_[l]]);
-  }
-
   // --- the schedule: in which order a step goes through the layers, so that the second pass finds them in the caches ------
 
   // Elements of the chunks before the c-th.
@@ -369,10 +333,8 @@ class Plan {
     std::stable_sort(batches_.begin(), batches_.end(), [&](Chunks a, Chunks b) { return numel_of(a) > numel_of(b); });
   }
 
-  Lookup lookup_;
   Rule rule_;
   std::vector<Treatment> treatments_;
-  bool may_overwrite_grads_;
   bool is_fp64_ = false, keeps_in_grads_ = false;  // of this call
   std::vector<Layer> layers_;                      // one a span
   std::vector<int64_t> tensors_, starts_, rows_;   // of each span

@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "passes.h"
+#include "plan.h"
 
 namespace largebatch {
 
@@ -23,8 +23,6 @@ inline Dtype dtype_of(const at::Tensor& tensor) {
     default: TORCH_CHECK_TYPE(false, "the CPU kernels know fp64, fp32, bf16 and fp16, not ", tensor.scalar_type());
   }
 }
-
-inline int64_t size_of(Dtype dtype) { return dtype == Dtype::fp64 ? 8 : dtype == Dtype::fp32 ? 4 : 2; }
 
 // Whether memory does not hold the values: of a lazily negated view, or of a tensor of zeros without memory.
 inline bool is_lazy(const at::Tensor& t) { return t.is_neg() || t._is_zerotensor(); }
@@ -45,21 +43,16 @@ inline at::Tensor laid_out_like(const at::Tensor& values, const at::Tensor& mode
   return at::empty_strided(model.sizes(), model.strides(), values.options()).copy_(values);
 }
 
-// A weight and what belongs to it: addresses of their first elements, as looked up.
-struct Place {
-  at::ScalarType made_for;     // of the weight, at first
-  std::vector<int64_t> sizes;  // likewise
-  char *weight, *grad, *state[2];
-  float* step;
-  Dtype weight_dtype, grad_dtype, state_dtype;
-  bool is_grad_alike;  // laid out like the weight
-};
-
 class Lookup {
  public:
-  Lookup(std::vector<at::Tensor> weights, std::vector<std::vector<at::Tensor>> states, std::vector<at::Tensor> steps)
-      : weights_(std::move(weights)), states_(std::move(states)), steps_(std::move(steps)) {
-    for (const auto& weight : weights_) places_.push_back({weight.scalar_type(), weight.sizes().vec()});
+  Lookup(std::vector<at::Tensor> weights, std::vector<std::vector<at::Tensor>> states, std::vector<at::Tensor> steps,
+         bool may_overwrite_grads)
+      : weights_(std::move(weights)),
+        states_(std::move(states)),
+        steps_(std::move(steps)),
+        may_overwrite_grads_(may_overwrite_grads),
+        places_(weights_.size()) {
+    for (const auto& weight : weights_) layouts_.emplace_back(weight.scalar_type(), weight.sizes().vec());
   }
 
   // False if the weights have another device, dtype or shape than at first.
@@ -70,7 +63,7 @@ class Lookup {
     for (size_t i = 0; i < weights_.size(); ++i) {
       Place& place = places_[i];
       const at::Tensor &weight = weights_[i], &grad = tensor_in(grads[i]);
-      if (!weight.is_cpu() || weight.scalar_type() != place.made_for || weight.sizes() != place.sizes) {
+      if (!weight.is_cpu() || weight.scalar_type() != layouts_[i].first || weight.sizes() != layouts_[i].second) {
         is_current = false;
         continue;
       }
@@ -85,8 +78,9 @@ class Lookup {
       }
       place.grad = static_cast<char*>(grad.data_ptr());
       place.grad_dtype = dtype_of(grad);
-      place.is_grad_alike = are_laid_out_alike(grad, weight);
-      if (counts_steps()) place.step = steps_[i].data_ptr<float>();
+      // a copy of the gradient would not be there in the second pass of a step in two calls
+      place.may_overwrite_grad = may_overwrite_grads_ && are_laid_out_alike(grad, weight);
+      if (!steps_.empty()) place.step = steps_[i].data_ptr<float>();
       check_dtypes(place, states_[i]);
     }
     return is_current;
@@ -94,8 +88,6 @@ class Lookup {
 
   // Whether weights and states lie densely in memory and alike, so that they can be taken as flat arrays.
   bool is_flat() const { return is_flat_; }
-  bool counts_steps() const { return !steps_.empty(); }
-  size_t num_states() const { return states_.empty() ? 0 : states_[0].size(); }  // of each weight
   const std::vector<Place>& places() const { return places_; }
 
   // Puts copies in the place of the gradients that are not laid out like their weights, and returns them. No copy shall
@@ -103,8 +95,9 @@ class Lookup {
   std::vector<at::Tensor> lay_out(const py::list& grads) {
     std::vector<at::Tensor> copies;
     for (size_t i = 0; i < places_.size(); ++i) {
-      if (places_[i].is_grad_alike) continue;
-      copies.push_back(laid_out_like(tensor_in(grads[i]), weights_[i]));
+      const at::Tensor& grad = tensor_in(grads[i]);
+      if (are_laid_out_alike(grad, weights_[i])) continue;
+      copies.push_back(laid_out_like(grad, weights_[i]));
       places_[i].grad = static_cast<char*>(copies.back().data_ptr());
     }
     return copies;
@@ -112,8 +105,7 @@ class Lookup {
 
   // Adds one to the step counts.
   void count() {
-    if (counts_steps())
-      for (Place& place : places_) *place.step += 1.0f;
+    for (const at::Tensor& step : steps_) *step.data_ptr<float>() += 1.0f;
   }
 
  private:
@@ -135,6 +127,8 @@ class Lookup {
   std::vector<at::Tensor> weights_;
   std::vector<std::vector<at::Tensor>> states_;  // of each weight
   std::vector<at::Tensor> steps_;
+  bool may_overwrite_grads_;
+  std::vector<std::pair<at::ScalarType, std::vector<int64_t>>> layouts_;  // of the weights, at first
   std::vector<Place> places_;
   bool is_flat_ = false;
 };

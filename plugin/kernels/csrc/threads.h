@@ -1,8 +1,6 @@
 // Teams of threads, and the caches that they have.
 #pragma once
 
-#include <ATen/Parallel.h>
-
 #include <unistd.h>
 
 #ifdef _OPENMP
@@ -69,11 +67,6 @@ inline void barrier(int num_threads) {
   }
 #endif
   (void)num_threads;
-}
-
-inline int num_threads_for(int64_t numel) {
-  // below this a second thread costs more than it gains
-  return numel < 32768 ? 1 : at::get_num_threads();
 }
 
 }  // namespace largebatch
