@@ -20,6 +20,8 @@ from harness import copy_bandwidth, interleaved, preamble
 from kernels import MANY, ONE, command, flat_partitions, have_tests_passed, ours, parameters, peers, tiny_against_one
 from shapes import SHAPES
 
+from largebatch.kernels import dispatch
+
 
 @dataclass(frozen=True)
 class Limit:
@@ -78,34 +80,42 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=15, help="of each repeat")
+    parser.add_argument(
+        "--instruction_sets", nargs="+", help="of our kernels, e.g. avx2; default: all that this processor has"
+    )
     parser.add_argument("--report", type=pathlib.Path)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     if not have_tests_passed("cpu"):
         return 1
+    module = dispatch.choose("cpu", "cpp").module
+    instruction_sets = arguments.instruction_sets or module.instruction_sets()
     groups, absent = contestants()
     limits = [limit for limit in LIMITS if any({limit.of, limit.to} <= steps.keys() for steps in groups)]
     lines = preamble("The limits of the CPU kernels, measured again and again", "cpu", command())
     lines += [
-        "ResNet-50's 161 tensors and 10,000 tiny ones, fp32. A line is one repeat: every optimizer once a round, medians of "
-        f"{arguments.rounds} rounds, what a copy moves (GB/s) before and after, ms of AdamW and SGD.",
+        "ResNet-50's 161 tensors and 10,000 tiny ones, fp32. A line is one repeat with one instruction set of our kernels (torch takes "
+        f"its own): every optimizer once a round, medians of {arguments.rounds} rounds, what a copy moves (GB/s) before and after, ms of "
+        "AdamW and SGD.",
         *[f"Not there: {reason}" for reason in absent],
         "",
-        "| copy | AdamW fused | SGD fused | " + " | ".join(limit.title for limit in limits) + " |",
-        "|" + "---|" * (3 + len(limits)),
+        "| instructions | copy | AdamW fused | SGD fused | " + " | ".join(limit.title for limit in limits) + " |",
+        "|" + "---|" * (4 + len(limits)),
     ]
     print("\n".join(lines), flush=True)
-    rows = []
-    for _ in range(arguments.repeats):
+    rows: dict[str, list[dict[Limit, float]]] = {name: [] for name in instruction_sets}
+    for name in [name for _ in range(arguments.repeats) for name in instruction_sets]:
+        module.use_instruction_set(name)
         before = copy_bandwidth("cpu")
         medians = {n: t.median for g in groups for n, t in interleaved(g, num_rounds=arguments.rounds).items()}
         after = copy_bandwidth("cpu")
-        rows.append({limit: medians[limit.of] / medians[limit.to] for limit in limits})
+        rows[name].append({limit: medians[limit.of] / medians[limit.to] for limit in limits})
         cells = [f"{before / 1e9:.0f}, {after / 1e9:.0f}", f"{medians[ADAMW] * 1e3:.2f}", f"{medians[SGD] * 1e3:.2f}"]
-        lines.append("| " + " | ".join(cells + [f"{ratio:.2f}" for ratio in rows[-1].values()]) + " |")
+        lines.append("| " + " | ".join([name, *cells, *(f"{ratio:.2f}" for ratio in rows[name][-1].values())]) + " |")
         print(lines[-1], flush=True)
-    lines += ["", "## All repeats", "", *summary(rows, limits)]
-    print("\n".join(lines[-len(limits) - 5 :]))
+    for name in instruction_sets:
+        lines += ["", f"## All repeats, {name}", "", *summary(rows[name], limits)]
+        print("\n".join(lines[-len(limits) - 5 :]))
     if arguments.report:
         arguments.report.write_text("\n".join(lines).rstrip() + "\n")
         print(f"written to {arguments.report}")

@@ -17,7 +17,7 @@ from largebatch.engine.register import register
 USAGE = """usage: deepspeed [launcher options] --module largebatch SCRIPT.py|PACKAGE.MODULE [arguments of the script]
        largebatch COMMAND [arguments]
 
-Registers the JSON types LARS, LAMB, NLAMB, NNLAMB with DeepSpeed and runs the script or module as it is, or runs a command:
+Registers the JSON types LARS, LAMB, NLAMB, NNLAMB, LANS with DeepSpeed and runs the script or module as it is, or runs a command:
 """
 
 COMMANDS = {

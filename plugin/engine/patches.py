@@ -61,7 +61,7 @@ ENGINE = "deepspeed.runtime.engine:DeepSpeedEngine"
 PATCHES: tuple[Patch, ...] = (
     Patch(
         "deepspeed.runtime.config:DEEPSPEED_OPTIMIZERS",
-        "optimizer.type may be LARS, LAMB, NLAMB, NNLAMB or a rule of one's own, in any spelling",
+        "optimizer.type may be LARS, LAMB, NLAMB, NNLAMB, LANS or a rule of one's own, in any spelling",
         "the engine takes other names for classes of torch.optim",
         "DeepSpeed has a registry of optimizers",
         with_more(lambda: OPTIMIZERS),
