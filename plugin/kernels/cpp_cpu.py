@@ -19,7 +19,7 @@ from largebatch.rules.rule import Rule
 
 
 def rule_options(rule: Rule) -> dict[str, Any]:
-    """A rule's options by their names: csrc/rule.h takes each of them, or raises KeyError."""
+    """A rule's options by their names: csrc/options.h takes each of them, or raises KeyError."""
     return {field.name: getattr(rule, field.name) for field in fields(rule)}
 
 

@@ -1,5 +1,5 @@
 // What a pass over one chunk of one layer needs, and the table of passes that each instruction set provides.
-// Plain data only: this header is compiled with different target options, so it defines no functions.
+// To be included before a file's target region: what is defined here is for every processor.
 #pragma once
 
 #include <cstdint>

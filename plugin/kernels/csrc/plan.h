@@ -6,9 +6,10 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <cmath>
+#include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "instruction_sets.h"
