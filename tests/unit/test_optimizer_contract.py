@@ -212,6 +212,8 @@ def test_a_gradient_that_is_not_finite_stops_its_layer_only(optimizer_class, lr,
             assert_same_bits([old_weight], [p])
             if optimizer_class is largebatch.LARS:  # the ratio is in the momentum
                 expected = old_state
+            elif optimizer_class is largebatch.LANS:  # the whole gradient is divided by its norm before it meets the state
+                expected |= {name: old_state[name] for name in ("exp_avg", "exp_avg_sq")}
             else:
                 for name in ("exp_avg", "exp_avg_sq"):
                     expected[name][3, 1] = old_state[name][3, 1]
@@ -249,7 +251,16 @@ def test_a_step_in_which_no_layer_moves_is_as_if_it_had_not_been(optimizer_class
     assert optimizer.num_skipped_steps == 1
 
 
-@pytest.mark.parametrize("optimizer_class, lr", ALGORITHMS[1:], ids=lambda v: getattr(v, "__name__", None))
+def test_a_gradient_divided_by_its_norm_cannot_overflow():
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = largebatch.LANS([weight], lr=0.01)
+    weight.grad = torch.tensor([1.0, 1e30, 1.0])
+    optimizer.step()
+    assert optimizer.num_skipped_steps == 0 and not torch.equal(weight, torch.ones(3))
+    assert torch.isfinite(weight).all() and torch.isfinite(optimizer.state[weight]["exp_avg_sq"]).all()
+
+
+@pytest.mark.parametrize("optimizer_class, lr", ALGORITHMS[1:-1], ids=lambda v: getattr(v, "__name__", None))
 def test_a_square_that_overflows_never_enters_the_second_moment(optimizer_class, lr):
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = optimizer_class([weight], lr=lr)
