@@ -1,6 +1,6 @@
 """The Triton kernels' way to a GPU, walked without one: binder, specialisation, compiler; only the launch is a stand-in's.
 
-With the Triton that is installed, and with 3.6 (which came with torch 2.11), for A100 and H100. See support/walk_triton.py.
+With the Triton that is installed for A100, and with 3.6 (which came with torch 2.11) for H100. See support/walk_triton.py.
 """
 
 import importlib.metadata
@@ -47,25 +47,31 @@ def walk(version, capability, folder):
 
 @pytest.fixture(scope="module")
 def walks(tmp_path_factory):
-    """Both GPUs at a time: {(version, capability): {case: what happened}}."""
+    """{(version, capability): {case: what happened}}"""
     found = {}
 
     def of(version, capability):
         if (version, capability) not in found:
-            started = {c: walk(version, c, tmp_path_factory.mktemp(f"triton-{version}-{c}")) for c in (80, 90)}
-            for each, process in started.items():
-                out, errors = process.communicate(timeout=1800)
-                assert process.returncode == 0, errors[-4000:]
-                lines = [json.loads(line) for line in out.splitlines()]
-                assert lines[0]["triton"] == version
-                found[version, each] = {line["case"]: line for line in lines if "case" in line}
+            process = walk(version, capability, tmp_path_factory.mktemp(f"triton-{version}-{capability}"))
+            out, errors = process.communicate(timeout=1800)
+            assert process.returncode == 0, errors[-4000:]
+            lines = [json.loads(line) for line in out.splitlines()]
+            assert lines[0]["triton"] == version
+            found[version, capability] = {line["case"]: line for line in lines if "case" in line}
         return found[version, capability]
 
     return of
 
 
-@pytest.mark.parametrize("capability", [80, 90], ids=["A100", "H100"])
-@pytest.mark.parametrize("version", ["installed", OTHER_TRITON])
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "version, capability",
+    [
+        pytest.param("installed", 80, marks=pytest.mark.xdist_group("walk A100")),
+        pytest.param(OTHER_TRITON, 90, marks=pytest.mark.xdist_group("walk H100")),
+    ],
+    ids=["installed-A100", f"{OTHER_TRITON}-H100"],
+)
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_reaches_the_launch(walks, version, capability, case):
     """Ten steps with new gradient addresses and changed lr, decay, betas and momentum compile nothing after the second."""

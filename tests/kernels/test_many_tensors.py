@@ -23,9 +23,9 @@ def three_threads():
         yield
 
 
-def many(dtype=torch.float32, seed=0):
+def many(dtype=torch.float32, seed=0, num_tensors=NUM_TENSORS):
     generator = torch.Generator().manual_seed(seed)
-    shapes = itertools.islice(itertools.cycle([(3,), (1,), (5, 4), (0,), (2, 3, 2, 2), (31,)]), NUM_TENSORS)
+    shapes = itertools.islice(itertools.cycle([(3,), (1,), (5, 4), (0,), (2, 3, 2, 2), (31,)]), num_tensors)
     return [
         torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)) for shape in shapes
     ]
@@ -37,8 +37,8 @@ def give_gradients(parameters, seed):
         p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
 
 
-def trained(kernels, optimizer_class, *, dtype=torch.float32, num_steps=3, change=None):
-    parameters = many(dtype)
+def trained(kernels, optimizer_class, *, dtype=torch.float32, num_steps=3, change=None, num_tensors=NUM_TENSORS):
+    parameters = many(dtype, num_tensors=num_tensors)
     optimizer = optimizer_class(parameters, lr=0.05, weight_decay=0.01, kernels=kernels)
     for step in range(num_steps):
         give_gradients(parameters, seed=step + 1)
@@ -55,8 +55,8 @@ def trained(kernels, optimizer_class, *, dtype=torch.float32, num_steps=3, chang
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_as_the_reference(optimizer_class, dtype, three_threads):
     with using("cpp-portable") as kernels:
-        found, optimizer = trained(kernels, optimizer_class, dtype=dtype)
-    wanted, reference = trained("reference", optimizer_class, dtype=dtype)
+        found, optimizer = trained(kernels, optimizer_class, dtype=dtype, num_tensors=600)
+    wanted, reference = trained("reference", optimizer_class, dtype=dtype, num_tensors=600)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)

@@ -212,7 +212,7 @@ def test_a_gradient_that_is_not_finite_stops_its_layer_only(optimizer_class, lr,
             assert_same_bits([old_weight], [p])
             if optimizer_class is largebatch.LARS:  # the ratio is in the momentum
                 expected = old_state
-            elif optimizer_class is largebatch.LANS:  # the whole gradient is divided by its norm before it meets the state
+            elif optimizer_class is largebatch.LANS:  # the whole gradient is divided by its norm first
                 expected |= {name: old_state[name] for name in ("exp_avg", "exp_avg_sq")}
             else:
                 for name in ("exp_avg", "exp_avg_sq"):
