@@ -24,9 +24,10 @@ from dataclasses import dataclass
 from xml.etree import ElementTree
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-TESTS_NEED = ("pytest>=8", "hypothesis>=6.100", "timm>=1.0.20")
+TESTS_NEED = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "timm>=1.0.20")
 NEW_CLIENTS = ("transformers>=5.23", "accelerate>=1.15", "lightning>=2.6.6")
 OLD_CLIENTS = ("transformers>=4.56,<5", "accelerate>=1.10,<1.11", "lightning>=2.5,<2.6")
+WORKERS = ("--numprocesses=2", "--dist=loadgroup")
 SECONDS = 3600
 """For one column; one that takes longer has failed."""
 
@@ -119,7 +120,7 @@ def run_tests(environment: Environment, column: str, folder: str) -> dict[str, o
     variables = os.environ | {"DS_ACCELERATOR": "cpu", "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
     report = pathlib.Path(folder, "report.xml")
     report.unlink(missing_ok=True)
-    command = [programs / "python", "-m", "pytest", "-q", "--tb=short", f"--junitxml={report}", *COLUMNS[column]]
+    command = [programs / "python", "-m", "pytest", "-q", "--tb=short", f"--junitxml={report}", *WORKERS, *COLUMNS[column]]
     print(f"{environment.name}: {column}", flush=True)
     line: dict[str, object] = {"environment": environment.name, "column": column}
     try:

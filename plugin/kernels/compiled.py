@@ -8,6 +8,7 @@ once. So are the rule's options as far as they are numbers: a schedule may chang
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -25,6 +26,13 @@ logger = logging.getLogger("largebatch")
 
 SHORTEST = 2
 """Elements of a segment from which on it is compiled for; torch compiles 0 and 1 anew."""
+
+LONG = 1 << 15
+"""Elements of a segment from which on its loops are divided among threads."""
+
+BLOCK_NUMEL = 1 << 18
+"""Elements that one call takes at most. Compiled code that sums keeps the new state in buffers and then copies it; those of a
+block are still in the caches."""
 
 TRACED_NUMEL = 24
 
@@ -155,14 +163,24 @@ class CompiledPass:
     Attributes:
         of_layers: of all layers at once: tensors of :class:`PerLayer`, [num_layers] each -> those that the loop needs.
         loop: of one segment: weight, grad, the states (1-D), [number of those] fp64 of its layer -> what the pass returns.
-        compiled_loop: the same.
+        short_loop, long_loop: the same, compiled; the second for several threads.
         takes_options: whether the rule's numbers are among what it is given.
     """
 
     of_layers: Callable[..., tuple[Tensor, ...]]
-    loop: Callable[..., Tensor | None]
-    compiled_loop: Callable[..., Tensor | None]
+    loop: fx.GraphModule
+    short_loop: Callable[..., Tensor | None]
+    long_loop: Callable[..., Tensor | None]
     takes_options: bool
+
+    def __call__(self, vectors: Sequence[Tensor], row: Tensor, sums: Tensor) -> None:
+        """Passes over a segment, block after block, and adds what the pass returns to ``sums``, if it returns anything."""
+        for block in zip(*(vector.split(BLOCK_NUMEL) for vector in vectors), strict=True):
+            numel = block[0].numel()
+            loop = self.loop if numel < SHORTEST else self.short_loop if numel < LONG else self.long_loop
+            (found,) = loop(*block, row)
+            if found is not None:
+                sums += found
 
     def rows(self, known: PerLayer) -> Tensor:
         """[num_layers, number that the loop needs] fp64."""
@@ -189,10 +207,12 @@ def compiled_pass(
     scalars = [torch.ones((), dtype=torch.float64, device=vectors[0].device) for _ in flattened(known)]
     traced = make_fx(run, tracing_mode="symbolic")(vectors, scalars)
     of_layers, loop = divided(traced, len(vectors))
-    compiled_loop = torch.compile(loop, dynamic=True, fullgraph=True)
-    made = CompiledPass(of_layers, loop, compiled_loop, bool(known.options))
+    # a graph of its own for each, for torch compiles a graph for the sizes that it sees first
+    short_loop, long_loop = (torch.compile(copy.deepcopy(loop), dynamic=True, fullgraph=True) for _ in range(2))
+    made = CompiledPass(of_layers, loop, short_loop, long_loop, bool(known.options))
     (row,) = made.rows(unflattened([scalar.reshape(1) for scalar in scalars], known))
-    made.compiled_loop(*vectors, row)
+    short_loop(*vectors, row)
+    long_loop(*(vector.new_ones(BLOCK_NUMEL) for vector in vectors), row)
     return made
 
 
@@ -286,10 +306,7 @@ class CompiledKernels(ReferenceKernels):
         for span, weight, grad, states in segments.pieces():
             if span.numel:
                 with InStorageOrder((weight, grad, *states)) as flats:
-                    loop = found.loop if span.numel < SHORTEST else found.compiled_loop
-                    results = loop(*flats, rows[span.row])
-                if num_sums:
-                    (sums[span.row],) = results
+                    found(flats, rows[span.row], sums[span.row])
         return sums
 
     def pass_for(
