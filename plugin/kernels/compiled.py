@@ -168,14 +168,15 @@ class CompiledPass:
     """
 
     of_layers: Callable[..., tuple[Tensor, ...]]
-    loop: fx.GraphModule
-    short_loop: Callable[..., Tensor | None]
-    long_loop: Callable[..., Tensor | None]
+    loop: Callable[..., tuple[Tensor | None]]
+    short_loop: Callable[..., tuple[Tensor | None]]
+    long_loop: Callable[..., tuple[Tensor | None]]
     takes_options: bool
 
     def __call__(self, vectors: Sequence[Tensor], row: Tensor, sums: Tensor) -> None:
         """Passes over a segment, block after block, and adds what the pass returns to ``sums``, if it returns anything."""
-        for block in zip(*(vector.split(BLOCK_NUMEL) for vector in vectors), strict=True):
+        is_short = vectors[0].numel() <= BLOCK_NUMEL
+        for block in (vectors,) if is_short else zip(*(vector.split(BLOCK_NUMEL) for vector in vectors), strict=True):
             numel = block[0].numel()
             loop = self.loop if numel < SHORTEST else self.short_loop if numel < LONG else self.long_loop
             (found,) = loop(*block, row)
@@ -207,9 +208,11 @@ def compiled_pass(
     scalars = [torch.ones((), dtype=torch.float64, device=vectors[0].device) for _ in flattened(known)]
     traced = make_fx(run, tracing_mode="symbolic")(vectors, scalars)
     of_layers, loop = divided(traced, len(vectors))
-    # a graph of its own for each, for torch compiles a graph for the sizes that it sees first
-    short_loop, long_loop = (torch.compile(copy.deepcopy(loop), dynamic=True, fullgraph=True) for _ in range(2))
-    made = CompiledPass(of_layers, loop, short_loop, long_loop, bool(known.options))
+    # torch compiles a graph for the sizes that it sees first, and looks for such code by graph and options
+    short_loop = torch.compile(loop.forward, dynamic=True, fullgraph=True)
+    options = {"cpp.min_chunk_size": LONG // 8}
+    long_loop = torch.compile(copy.deepcopy(loop).forward, dynamic=True, fullgraph=True, options=options)
+    made = CompiledPass(of_layers, loop.forward, short_loop, long_loop, bool(known.options))
     (row,) = made.rows(unflattened([scalar.reshape(1) for scalar in scalars], known))
     short_loop(*vectors, row)
     long_loop(*(vector.new_ones(BLOCK_NUMEL) for vector in vectors), row)

@@ -23,7 +23,7 @@ def test_a_sample_of_the_fault_campaign(tmp_path):
     result = subprocess.run(
         [sys.executable, "benchmarks/fault_campaign.py", "--kills", "2", "--steps", "400", "--seed", "3", "--stages", "2",
          "--optimizers", "LAMB", "--output", str(tmp_path), "--report", str(tmp_path / "report.md")],
-        cwd=launching.ROOT, env=launching.environment(), capture_output=True, text=True, timeout=500,
+        cwd=launching.ROOT, env=launching.environment(), capture_output=True, text=True, timeout=1500,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     with open(tmp_path / "kills.csv", newline="", encoding="utf-8") as file:

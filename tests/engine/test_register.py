@@ -161,7 +161,7 @@ def without_each_name():
     """Of a process in which register() was never called."""
     ended = subprocess.run(
         [sys.executable, "-m", "support.registering"],
-        cwd=pathlib.Path(__file__).parents[1], capture_output=True, text=True, timeout=300,
+        cwd=pathlib.Path(__file__).parents[1], capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     return json.loads(ended.stdout.splitlines()[-1])

@@ -291,7 +291,7 @@ def checkpoint_case(rng, folder):
     shutil.copytree(whole, run, symlinks=True)
     kinds, words, changed, may_differ = fuzz_checkpoints.damage(rng, run, whole)
     before, damaged = fuzz_checkpoints.contents(run), damages(run)
-    seen = run_main([*arguments, *changed, "--output", str(run), "--resume"], limit=100, seconds=60)
+    seen = run_main([*arguments, *changed, "--output", str(run), "--resume"], limit=100, seconds=300)
     outcome, why, message = judge_run(seen, [*words, "run", "checkpoint"], may_be_over="--steps" in changed)
     if outcome == "trained":
         wrong = [damage for damage in damages(run) if damage not in damaged]

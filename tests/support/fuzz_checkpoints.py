@@ -34,7 +34,7 @@ def arguments_of(name):
 def made(name, run_main):
     folder = pathlib.Path(tempfile.mkdtemp(prefix="fuzz_run_"))
     arguments = arguments_of(name)
-    seen = run_main([*arguments, "--output", str(folder / "run")], limit=100, seconds=60)
+    seen = run_main([*arguments, "--output", str(folder / "run")], limit=100, seconds=300)
     assert seen.code == 0, (seen.escaped, seen.err)
     return folder / "run", arguments, figures_of(folder / "run")
 

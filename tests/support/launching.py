@@ -14,7 +14,7 @@ import torch
 from largebatch.launch.ports import launcher_options
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-SECONDS = 240
+SECONDS = 900
 
 
 def environment():

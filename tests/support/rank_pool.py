@@ -10,7 +10,7 @@ import pytest
 
 from largebatch.launch.ports import free_port
 
-TASK_SECONDS = 300
+TASK_SECONDS = 900
 
 
 class RankPool:

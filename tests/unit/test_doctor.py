@@ -363,7 +363,7 @@ def test_two_ranks_of_this_machine(tmp_path):
         str(free_port()),
     ]
     command += ["--data", str(tmp_path / "none"), "--need_memory", "1000000", "--timeout", "150"]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert ended.returncode == 1, ended.stderr
     told = json.loads(ended.stdout)
     (report,) = told["nodes"].values()

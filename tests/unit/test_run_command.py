@@ -25,7 +25,7 @@ def command(folder, ends, *options):
 
 def supervised(folder, ends, *options):
     """(exit code, what was said, arguments of each start)."""
-    result = subprocess.run(command(folder, ends, *options), capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command(folder, ends, *options), capture_output=True, text=True, timeout=600)
     return result.returncode, result.stderr.splitlines(), (folder / "starts").read_text().splitlines()
 
 
@@ -78,7 +78,7 @@ def test_a_stop_is_passed_on_to_the_ranks(tmp_path):
         time.sleep(0.02)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=300)
     assert "stopped as asked" in said and len(said.splitlines()) == 1
     assert (tmp_path / "hang").read_text() == "saved"
     assert len(children) >= 2 and all(has_ended(child) for child in children)
@@ -92,7 +92,7 @@ def test_a_killed_supervisor_takes_its_launcher_along(tmp_path):
     (rank,) = launcher.children()
     process.kill()
     process.wait()
-    _, alive = psutil.wait_procs([launcher], timeout=30)
+    _, alive = psutil.wait_procs([launcher], timeout=120)
     rank.kill()  # a stand-in; a rank of the trainer ends with its launcher
     assert not alive
 
