@@ -120,7 +120,16 @@ def run_tests(environment: Environment, column: str, folder: str) -> dict[str, o
     variables = os.environ | {"DS_ACCELERATOR": "cpu", "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
     report = pathlib.Path(folder, "report.xml")
     report.unlink(missing_ok=True)
-    command = [programs / "python", "-m", "pytest", "-q", "--tb=short", f"--junitxml={report}", *WORKERS, *COLUMNS[column]]
+    command = [
+        programs / "python",
+        "-m",
+        "pytest",
+        "-q",
+        "--tb=short",
+        f"--junitxml={report}",
+        *WORKERS,
+        *COLUMNS[column],
+    ]
     print(f"{environment.name}: {column}", flush=True)
     line: dict[str, object] = {"environment": environment.name, "column": column}
     try:

@@ -33,7 +33,9 @@ void write(char* to, Dtype dtype, double value) {
   if (dtype == Dtype::fp16) {
     int exponent = 0;
     const double fraction = std::frexp(std::abs(value), &exponent);  // in [0.5, 1), or 0
-    half = value == 0 ? 0 : static_cast<uint16_t>((exponent + 14) << 10 | (static_cast<int>(fraction * 2048) & 0x3FF));
+    half = value == 0 ? 0
+                      : static_cast<uint16_t>((exponent + 14) << 10 |
+                                              (static_cast<int>(fraction * 2048) & 0x3FF));
     if (value < 0) half |= 0x8000;
   }
   if (size_of(dtype) == 2) std::memcpy(to, &half, 2);
@@ -57,14 +59,16 @@ const int64_t numels[] = {1, 15, 16, 17, 4095, 4096, 4097, 70000, 0, 33};
 Rule rule_of(Algorithm algorithm) {
   Rule rule{};
   rule.algorithm = algorithm;
-  rule.beta1 = 0.9, rule.beta2 = 0.99, rule.eps = 1e-6, rule.momentum = 0.9, rule.trust_coefficient = 0.01;
+  rule.beta1 = 0.9, rule.beta2 = 0.99, rule.eps = 1e-6, rule.momentum = 0.9,
+  rule.trust_coefficient = 0.01;
   rule.bias_correction = true, rule.nesterov = true;
   return rule;
 }
 
 uint64_t run(Algorithm algorithm, const Types& types, int num_threads) {
   const Dtype dtypes[4] = {types.weight, types.grad, types.state, types.state};
-  std::vector<std::vector<char>> arrays;  // each of its exact size, so that a sanitizer sees what lies beyond
+  std::vector<std::vector<char>>
+      arrays;  // each of its exact size, so that a sanitizer sees what lies beyond
   std::vector<Span> spans;
   std::vector<Treatment> treatments;
   std::vector<Place> places;
@@ -77,11 +81,14 @@ uint64_t run(Algorithm algorithm, const Types& types, int num_threads) {
     char** const columns[4] = {&place.weight, &place.grad, &place.state[0], &place.state[1]};
     for (int c = 0; c < 4; ++c) *columns[c] = arrays[4 * tensor + c].data();
     place.step = &count;
-    place.weight_dtype = types.weight, place.grad_dtype = types.grad, place.state_dtype = types.state;
-    for (int64_t i = 0; i < numels[tensor]; ++i) write(place.weight + i * size_of(types.weight), types.weight, next_value());
+    place.weight_dtype = types.weight, place.grad_dtype = types.grad,
+    place.state_dtype = types.state;
+    for (int64_t i = 0; i < numels[tensor]; ++i)
+      write(place.weight + i * size_of(types.weight), types.weight, next_value());
     places.push_back(place);
     spans.push_back({tensor, 0, numels[tensor], tensor, tensor == 3 ? (int64_t{1} << 32) - 8 : 0});
-    treatments.push_back({0.01, tensor % 2 ? 0.0 : 0.1, static_cast<uint32_t>(77 * tensor), tensor != 2});
+    treatments.push_back(
+        {0.01, tensor % 2 ? 0.0 : 0.1, static_cast<uint32_t>(77 * tensor), tensor != 2});
   }
   Plan plan(spans, treatments, rule_of(algorithm));
   std::vector<double> figures(plan.num_layers() * plan.num_figures());
@@ -108,7 +115,7 @@ int main() {
     for (int algorithm = 0; algorithm < 6; ++algorithm)
       for (const Types& types : all_types)
         for (int num_threads : {1, 3})
-          std::printf("%s,%d,%s,%d,%016" PRIx64 "\n", passes->name, algorithm, types.name, num_threads,
-                      run(static_cast<Algorithm>(algorithm), types, num_threads));
+          std::printf("%s,%d,%s,%d,%016" PRIx64 "\n", passes->name, algorithm, types.name,
+                      num_threads, run(static_cast<Algorithm>(algorithm), types, num_threads));
   }
 }

@@ -30,12 +30,16 @@ int num_threads_for(int64_t numel) {
 // A plan and its tensors. All results are fp64 tensors.
 class TensorPlan {
  public:
-  TensorPlan(std::vector<at::Tensor> weights, std::vector<std::vector<at::Tensor>> states, std::vector<at::Tensor> steps,
-             const std::vector<std::array<int64_t, 5>>& spans, const std::vector<double>& weight_decays,
-             const std::vector<double>& decoupled_weight_decays, const std::vector<bool>& are_adapted,
-             const std::vector<uint32_t>& seeds, const std::string& rule, const py::dict& options, bool may_overwrite_grads)
+  TensorPlan(std::vector<at::Tensor> weights, std::vector<std::vector<at::Tensor>> states,
+             std::vector<at::Tensor> steps, const std::vector<std::array<int64_t, 5>>& spans,
+             const std::vector<double>& weight_decays,
+             const std::vector<double>& decoupled_weight_decays,
+             const std::vector<bool>& are_adapted, const std::vector<uint32_t>& seeds,
+             const std::string& rule, const py::dict& options, bool may_overwrite_grads)
       : lookup_(std::move(weights), std::move(states), std::move(steps), may_overwrite_grads),
-        plan_(spans_of(spans), treatments_of(weight_decays, decoupled_weight_decays, are_adapted, seeds), rule_of(rule, options)),
+        plan_(spans_of(spans),
+              treatments_of(weight_decays, decoupled_weight_decays, are_adapted, seeds),
+              rule_of(rule, options)),
         numel_(plan_.total_numel()) {}
 
   // See Lookup.
@@ -54,7 +58,8 @@ class TensorPlan {
 
   // [num_layers, num_sums]: of the squares of weights and directions.
   // grad_norms: [num_layers] of whole layers, and whether their sums were finite; null for rules that do not ask.
-  at::Tensor accumulate(const py::list& grads, double grad_scale, const std::optional<at::Tensor>& grad_norms,
+  at::Tensor accumulate(const py::list& grads, double grad_scale,
+                        const std::optional<at::Tensor>& grad_norms,
                         const std::optional<at::Tensor>& are_finite) {
     const std::vector<at::Tensor> copies = take(grads, grad_scale, grad_norms, are_finite);
     at::Tensor sums = at::zeros({plan_.num_layers(), plan_.num_sums()}, at::kDouble);
@@ -65,38 +70,43 @@ class TensorPlan {
 
   // ratios: [num_layers, num_sums - 1].
   void advance(const py::list& grads, double grad_scale, double lr, const at::Tensor& ratios,
-               const at::Tensor& weight_decays, const std::optional<at::Tensor>& shrinkage, const at::Tensor& is_finite,
-               const std::optional<at::Tensor>& grad_norms, const std::optional<at::Tensor>& are_finite) {
+               const at::Tensor& weight_decays, const std::optional<at::Tensor>& shrinkage,
+               const at::Tensor& is_finite, const std::optional<at::Tensor>& grad_norms,
+               const std::optional<at::Tensor>& are_finite) {
     const std::vector<at::Tensor> copies = take(grads, grad_scale, grad_norms, are_finite);
     const at::Tensor ratios64 = ratios.to(at::kDouble).contiguous();
     const double* shrink = shrinkage ? shrinkage->data_ptr<double>() : nullptr;
     py::gil_scoped_release release;
-    plan_.advance(lr, ratios64.data_ptr<double>(), weight_decays.data_ptr<double>(), shrink, is_finite.data_ptr<bool>(),
-                  num_threads());
+    plan_.advance(lr, ratios64.data_ptr<double>(), weight_decays.data_ptr<double>(), shrink,
+                  is_finite.data_ptr<bool>(), num_threads());
   }
 
   // A whole step. Returns [num_figures, num_layers], the rows of largebatch.telemetry.LayerStats; [num_layers] bool, whether the
   // layer moved; and whether all have.
-  std::tuple<at::Tensor, at::Tensor, bool> step(const py::list& grads, double grad_scale, double lr) {
+  std::tuple<at::Tensor, at::Tensor, bool> step(const py::list& grads, double grad_scale,
+                                                double lr) {
     const std::vector<at::Tensor> copies = take(grads, grad_scale);
     at::Tensor figures = at::zeros({plan_.num_layers(), plan_.num_figures()}, at::kDouble);
     at::Tensor moved = at::empty({plan_.num_layers()}, at::kBool);
     bool* good = moved.data_ptr<bool>();
     py::gil_scoped_release release;
     plan_.step(lr, figures.data_ptr<double>(), good, num_threads());
-    return {figures.t(), moved, std::all_of(good, good + plan_.num_layers(), [](bool is) { return is; })};
+    return {figures.t(), moved,
+            std::all_of(good, good + plan_.num_layers(), [](bool is) { return is; })};
   }
 
  private:
   int num_threads() const { return num_threads_for(numel_); }
 
   // Returns what has to live as long as the call.
-  std::vector<at::Tensor> take(const py::list& grads, double grad_scale, const std::optional<at::Tensor>& grad_norms = {},
+  std::vector<at::Tensor> take(const py::list& grads, double grad_scale,
+                               const std::optional<at::Tensor>& grad_norms = {},
                                const std::optional<at::Tensor>& are_finite = {}) {
     std::vector<at::Tensor> copies = lookup_.lay_out(grads);
     plan_.take(lookup_.places(), grad_scale);
     if (grad_norms)
-      plan_.take_norms(grad_norms->to(at::kDouble).contiguous().data_ptr<double>(), are_finite->data_ptr<bool>());
+      plan_.take_norms(grad_norms->to(at::kDouble).contiguous().data_ptr<double>(),
+                       are_finite->data_ptr<bool>());
     return copies;
   }
 
@@ -109,10 +119,12 @@ class TensorPlan {
 
   static std::vector<Treatment> treatments_of(const std::vector<double>& weight_decays,
                                               const std::vector<double>& decoupled_weight_decays,
-                                              const std::vector<bool>& are_adapted, const std::vector<uint32_t>& seeds) {
+                                              const std::vector<bool>& are_adapted,
+                                              const std::vector<uint32_t>& seeds) {
     std::vector<Treatment> result;
     for (size_t row = 0; row < weight_decays.size(); ++row)
-      result.push_back({weight_decays[row], decoupled_weight_decays[row], seeds[row], are_adapted[row]});
+      result.push_back(
+          {weight_decays[row], decoupled_weight_decays[row], seeds[row], are_adapted[row]});
     return result;
   }
 
@@ -149,10 +161,11 @@ at::Tensor square_sums(const std::vector<at::Tensor>& tensors) {
   std::vector<Piece> pieces;
   int64_t numel = 0;
   for (size_t i = 0; i < tensors.size(); ++i) {
-    kept.push_back(tensors[i].is_non_overlapping_and_dense() ? tensors[i] : tensors[i].contiguous());
+    kept.push_back(tensors[i].is_non_overlapping_and_dense() ? tensors[i]
+                                                             : tensors[i].contiguous());
     for (int64_t begin = 0; begin < kept[i].numel(); begin += chunk_numel)
-      pieces.push_back(
-          {kept[i].data_ptr(), dtype_of(kept[i]), begin, std::min(begin + chunk_numel, kept[i].numel()), i});
+      pieces.push_back({kept[i].data_ptr(), dtype_of(kept[i]), begin,
+                        std::min(begin + chunk_numel, kept[i].numel()), i});
     numel += kept[i].numel();
   }
   std::vector<double> parts(pieces.size());
@@ -176,9 +189,11 @@ at::Tensor square_sums(const std::vector<at::Tensor>& tensors) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   using namespace largebatch;
   py::class_<TensorPlan>(module, "Plan")
-      .def(py::init<std::vector<at::Tensor>, std::vector<std::vector<at::Tensor>>, std::vector<at::Tensor>,
-                    const std::vector<std::array<int64_t, 5>>&, const std::vector<double>&, const std::vector<double>&,
-                    const std::vector<bool>&, const std::vector<uint32_t>&, const std::string&, const py::dict&, bool>())
+      .def(
+          py::init<std::vector<at::Tensor>, std::vector<std::vector<at::Tensor>>,
+                   std::vector<at::Tensor>, const std::vector<std::array<int64_t, 5>>&,
+                   const std::vector<double>&, const std::vector<double>&, const std::vector<bool>&,
+                   const std::vector<uint32_t>&, const std::string&, const py::dict&, bool>())
       .def("look_up", &TensorPlan::look_up)
       .def("count", &TensorPlan::count)
       .def("is_flat", &TensorPlan::is_flat)

@@ -7,12 +7,12 @@ std::vector<const Passes*> available_passes() {
 #if defined(__x86_64__) && defined(__GNUC__)
   __builtin_cpu_init();
   const bool has_fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (passes_avx512() && has_fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  if (has_fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    available.push_back(passes_avx512());
-  if (passes_avx2() && has_fma) available.push_back(passes_avx2());
+    available.push_back(&passes_avx512);
+  if (has_fma) available.push_back(&passes_avx2);
 #endif
-  available.push_back(passes_portable());
+  available.push_back(&passes_portable);
   return available;
 }
 

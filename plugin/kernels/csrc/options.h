@@ -19,10 +19,7 @@ class OptionReader {
  public:
   explicit OptionReader(const py::dict& options) : options_(options) {}
 
-  template <class T>
-  void read(const char* name, T& value) {
-    value = take(name).cast<T>();
-  }
+  template <class T> void read(const char* name, T& value) { value = take(name).cast<T>(); }
 
   void read_bounds(const char* name, bool& has, double* values) {
     const py::object given = take(name);
@@ -32,7 +29,8 @@ class OptionReader {
   }
 
   py::object take(const char* name) {
-    if (!options_.contains(name)) throw py::key_error(std::string("the compiled kernels miss the option ") + name);
+    if (!options_.contains(name))
+      throw py::key_error(std::string("the compiled kernels miss the option ") + name);
     taken_.insert(name);
     return options_[name];
   }
@@ -40,7 +38,8 @@ class OptionReader {
   void check_that_all_are_taken() const {
     for (const auto& [name, value] : options_)
       if (taken_.count(name.cast<std::string>()) == 0)
-        throw py::key_error("the compiled kernels do not know the option " + name.cast<std::string>());
+        throw py::key_error("the compiled kernels do not know the option " +
+                            name.cast<std::string>());
   }
 
  private:
@@ -67,7 +66,8 @@ inline Rule rule_of(const std::string& name, const py::dict& options) {
   reader.read_bounds("trust_ratio_bounds", rule.has_trust_ratio_bounds, rule.trust_ratio_bounds);
   if (rule.algorithm >= Algorithm::lamb) {
     std::tie(rule.beta1, rule.beta2) = reader.take("betas").cast<std::pair<double, double>>();
-    const py::object correction = rule.algorithm == Algorithm::lans ? py::bool_(true) : reader.take("bias_correction");
+    const py::object correction =
+        rule.algorithm == Algorithm::lans ? py::bool_(true) : reader.take("bias_correction");
     rule.bias_correction_in_lr = py::isinstance<py::str>(correction);  // "lr"
     rule.bias_correction = !rule.bias_correction_in_lr && correction.cast<bool>();
   } else {

@@ -8,9 +8,12 @@ namespace largebatch {
 
 enum class Dtype : int { fp64 = 0, fp32 = 1, bf16 = 2, fp16 = 3 };
 
-constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::fp64 ? 8 : dtype == Dtype::fp32 ? 4 : 2; }
+constexpr int64_t size_of(Dtype dtype) {
+  return dtype == Dtype::fp64 ? 8 : dtype == Dtype::fp32 ? 4 : 2;
+}
 
-enum class Algorithm : int { lars2017 = 0, lars2019 = 1, lamb = 2, nlamb = 3, nnlamb = 4, lans = 5 };
+// In the order of largebatch.kernels.interface.ALGORITHMS.
+enum class Algorithm : int { lars2017, lars2019, lamb, nlamb, nnlamb, lans };
 
 // Of the vectors whose norms a rule wants beside that of the weights: 1, of LANS 2.
 constexpr int max_num_directions = 2;
@@ -24,17 +27,21 @@ constexpr int num_lanes = 16;
 // Scalars of one layer in one step, in fp64; each pass rounds them once to its compute type.
 struct Scalars {
   double grad_scale;
-  double weight_decay;  // coupled; of the first pass the configured one, of the second the one in force
-  double decay_in_direction;  // of LARS: coupled weight decay that belongs to the vector whose norm is taken, or 0
-  double shrinkage;           // 1 - lr * decoupled weight decay
+  // coupled; of the first pass the configured one, of the second the one in force
+  double weight_decay;
+  // of LARS: coupled weight decay that belongs to the vector whose norm is taken, or 0
+  double decay_in_direction;
+  double shrinkage;  // 1 - lr * decoupled weight decay
   double beta1, beta2, eps;
   double grad_in_m_hat, m_in_m_hat;  // m_hat = m_in_m_hat * m + grad_in_m_hat * g
   double grad_in_v_hat, v_in_v_hat;  // v_hat = v_in_v_hat * v + grad_in_v_hat * g^2
   double momentum;
-  double inside, outside;  // LARS: what multiplies the gradient on its way into the momentum, and the momentum
-  double step_size;        // lr * trust ratio, where the rule has one
+  // LARS: what multiplies the gradient on its way into the momentum, and the momentum
+  double inside, outside;
+  double step_size;           // lr * trust ratio, where the rule has one
   double gradient_step_size;  // of LANS: what multiplies the second direction
-  double grad_norm;           // of LANS: of the whole layer, what its gradient is divided by; NaN where it is not finite
+  // of LANS: of the whole layer, what its gradient is divided by; NaN where it is not finite
+  double grad_norm;
   bool is_nesterov;
 };
 
@@ -55,15 +62,17 @@ struct Passes {
   // Renews the state of elements [begin, end) if the rule accumulates; sums[0], sums[1], ...: squares of weights and directions.
   // kept: null, or a place for the direction of these elements in the compute type, for the second pass; may be the
   // gradient itself. Only for LAMB and its kin with state that is stored as it is computed.
-  void (*first)(Algorithm, bool is_fp64, const Layer&, int64_t begin, int64_t end, double* sums, void* kept);
+  void (*first)(Algorithm, bool is_fp64, const Layer&, int64_t begin, int64_t end, double* sums,
+                void* kept);
   // Writes the new weights of elements [begin, end), and the state of a rule that does not accumulate.
-  void (*second)(Algorithm, bool is_fp64, const Layer&, int64_t begin, int64_t end, const void* kept);
+  void (*second)(Algorithm, bool is_fp64, const Layer&, int64_t begin, int64_t end,
+                 const void* kept);
   // Sum of the squares of elements [begin, end) times scale, rounded to fp64 or fp32 before they are squared.
-  double (*square_sum)(const void* values, Dtype, bool is_fp64, double scale, int64_t begin, int64_t end);
+  double (*square_sum)(const void* values, Dtype, bool is_fp64, double scale, int64_t begin,
+                       int64_t end);
 };
 
-const Passes* passes_portable();
-const Passes* passes_avx2();    // nullptr where the compiler's target has no such instructions
-const Passes* passes_avx512();
+extern const Passes passes_portable;
+extern const Passes passes_avx2, passes_avx512;  // only for x86-64
 
 }  // namespace largebatch

@@ -31,20 +31,7 @@ namespace largebatch {
 #endif
 
 namespace largebatch {
-
-const Passes* passes_avx2() {
-  static const Passes passes{"avx2", first, second, square_sum};
-  return &passes;
-}
-
-}  // namespace largebatch
-
-#else
-
-namespace largebatch {
-
-const Passes* passes_avx2() { return nullptr; }
-
+const Passes passes_avx2{"avx2", first, second, square_sum};
 }  // namespace largebatch
 
 #endif

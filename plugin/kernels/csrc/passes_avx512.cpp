@@ -11,7 +11,8 @@
 #include <immintrin.h>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), \
+                             apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")
@@ -31,20 +32,7 @@ namespace largebatch {
 #endif
 
 namespace largebatch {
-
-const Passes* passes_avx512() {
-  static const Passes passes{"avx512", first, second, square_sum};
-  return &passes;
-}
-
-}  // namespace largebatch
-
-#else
-
-namespace largebatch {
-
-const Passes* passes_avx512() { return nullptr; }
-
+const Passes passes_avx512{"avx512", first, second, square_sum};
 }  // namespace largebatch
 
 #endif

@@ -50,7 +50,8 @@ class Plan {
       : rule_(rule), treatments_(std::move(treatments)), num_sums_(1 + num_directions_of(rule_)) {
     std::vector<bool> has_span(treatments_.size(), false);
     // short layers side by side, so that a thread has many of them in a row
-    std::stable_partition(spans.begin(), spans.end(), [](const Span& span) { return span.numel >= chunk_numel; });
+    std::stable_partition(spans.begin(), spans.end(),
+                          [](const Span& span) { return span.numel >= chunk_numel; });
     for (const auto& [tensor, start, numel, row, layer_start] : spans) {
       Layer layer{};
       layer.numel = numel;
@@ -70,17 +71,21 @@ class Plan {
     for (size_t row = 0; row < treatments_.size(); ++row)
       if (!has_span[row]) empty_rows_.push_back(static_cast<int64_t>(row));
     sums_.resize(num_sums_ * num_chunks());
-    if (normalises_gradients(rule_)) grad_sums_.resize(num_chunks()), grad_norms_.resize(layers_.size());
+    if (normalises_gradients(rule_))
+      grad_sums_.resize(num_chunks()), grad_norms_.resize(layers_.size());
   }
 
   int64_t num_layers() const { return static_cast<int64_t>(treatments_.size()); }
-  int num_sums() const { return num_sums_; }
-  int64_t num_figures() const { return 3 + 2 * num_directions_of(rule_) + (normalises_gradients(rule_) ? 1 : 0); }
+  int64_t num_sums() const { return num_sums_; }
+  int64_t num_figures() const {
+    return 3 + 2 * num_directions_of(rule_) + (normalises_gradients(rule_) ? 1 : 0);
+  }
   int64_t total_numel() const { return cumulative_.empty() ? 0 : cumulative_.back(); }
 
   // What each of the next calls works on, to be said before it.
   void take(const std::vector<Place>& places, double grad_scale) {
-    is_fp64_ = !places.empty() && places[0].weight_dtype == Dtype::fp64;  // a call has weights of one type
+    // a call has weights of one type
+    is_fp64_ = !places.empty() && places[0].weight_dtype == Dtype::fp64;
     // the second pass of LAMB and its kin can do with the direction alone
     keeps_in_grads_ = rule_.algorithm >= Algorithm::lamb && num_directions_of(rule_) == 1;
     double last_step = -1;
@@ -101,15 +106,18 @@ class Plan {
       layer.weight = place.weight + starts_[l] * size_of(place.weight_dtype);
       layer.grad = place.grad + starts_[l] * size_of(place.grad_dtype);
       for (int s = 0; s < 2; ++s)
-        layer.state[s] = place.state[s] ? place.state[s] + starts_[l] * size_of(place.state_dtype) : nullptr;
-      const bool has_room = layer.grad_dtype == (is_fp64_ ? Dtype::fp64 : Dtype::fp32) && layer.state_dtype != Dtype::bf16;
+        layer.state[s] =
+            place.state[s] ? place.state[s] + starts_[l] * size_of(place.state_dtype) : nullptr;
+      const bool has_room = layer.grad_dtype == (is_fp64_ ? Dtype::fp64 : Dtype::fp32) &&
+                            layer.state_dtype != Dtype::bf16;
       if (!place.may_overwrite_grad || !has_room) keeps_in_grads_ = false;
     }
   }
 
   // The norms of whole layers' gradients, [num_layers], and whether their sums were finite; for rules that ask for them.
   void take_norms(const double* norms, const bool* are_finite) {
-    for (int l = 0; l < num_spans(); ++l) set_grad_norm(layers_[l], norms[rows_[l]], are_finite[rows_[l]]);
+    for (int l = 0; l < num_spans(); ++l)
+      set_grad_norm(layers_[l], norms[rows_[l]], are_finite[rows_[l]]);
   }
 
   // sums: [num_layers], zeros: of the squares of the gradients.
@@ -125,12 +133,12 @@ class Plan {
   }
 
   // ratios: [num_layers, num_sums - 1]; the others [num_layers]; shrinkage may be null.
-  void advance(double lr, const double* ratios, const double* weight_decays, const double* shrinkage, const bool* is_finite,
-               int num_threads) {
+  void advance(double lr, const double* ratios, const double* weight_decays,
+               const double* shrinkage, const bool* is_finite, int num_threads) {
     for (int l = 0; l < num_spans(); ++l) {
       const int64_t row = rows_[l];
-      set_ratios(layers_[l].scalars, rule_, is_fp64_, lr, ratios + (num_sums_ - 1) * row, weight_decays[row],
-                 shrinkage ? shrinkage[row] : 1.0);
+      set_ratios(layers_[l].scalars, rule_, is_fp64_, lr, ratios + (num_sums_ - 1) * row,
+                 weight_decays[row], shrinkage ? shrinkage[row] : 1.0);
     }
     for_each_chunk(num_threads, [&](int i) {
       const int c = num_chunks() - 1 - i;  // the last are still in the cache
@@ -149,7 +157,8 @@ class Plan {
     std::atomic<size_t> next_batch{0};
     in_parallel(num_threads, [&](int thread, int team) {
       for (Chunks wave : waves_) step_of(wave, thread, team, lr, figures, good);
-      for (size_t batch; (batch = next_batch.fetch_add(1, std::memory_order_relaxed)) < batches_.size();)
+      for (size_t batch;
+           (batch = next_batch.fetch_add(1, std::memory_order_relaxed)) < batches_.size();)
         step_of(batches_[batch], 0, 1, lr, figures, good);
     });
   }
@@ -160,8 +169,7 @@ class Plan {
 
   // --- one call -------------------------------------------------------------------------------------------------------
 
-  template <class Work>
-  void for_each_chunk(int num_threads, Work work) {
+  template <class Work> void for_each_chunk(int num_threads, Work work) {
     in_parallel(num_threads, [&](int thread, int team) {
       const Chunks own = share_of({0, num_chunks()}, thread, team);
       for (int c = own.begin; c < own.end; ++c) work(c);
@@ -200,7 +208,8 @@ class Plan {
   }
 
   // Trust ratios of a layer from its sums of squares; false if the layer must not move.
-  bool decide(Layer& layer, int64_t row, const double* sums, double grad_norm, double lr, double* out) const {
+  bool decide(Layer& layer, int64_t row, const double* sums, double grad_norm, double lr,
+              double* out) const {
     const auto& [decay, decoupled_decay, seed, is_adapted] = treatments_[row];
     const double shrinkage = decoupled_decay != 0.0 ? 1.0 - lr * decoupled_decay : 1.0;
     double weight_norm = std::sqrt(sums[0]);
@@ -232,8 +241,7 @@ class Plan {
   // --- chunks -----------------------------------------------------------------------------------------------------------
 
   // Calls pass(layer's number, first element, end) for a chunk.
-  template <class Pass>
-  void with_elements(int c, Pass pass) const {
+  template <class Pass> void with_elements(int c, Pass pass) const {
     const int l = layers_of_chunks_[c];
     const int64_t begin = (c - first_chunks_[l]) * chunk_numel;
     pass(l, begin, std::min(begin + chunk_numel, layers_[l].numel));
@@ -247,7 +255,8 @@ class Plan {
 
   void first(int c) {
     with_elements(c, [&](int l, int64_t begin, int64_t end) {
-      passes_in_use()->first(rule_.algorithm, is_fp64_, layers_[l], begin, end, &sums_[num_sums_ * c], kept(l, begin));
+      passes_in_use()->first(rule_.algorithm, is_fp64_, layers_[l], begin, end,
+                             &sums_[num_sums_ * c], kept(l, begin));
     });
   }
 
@@ -269,7 +278,8 @@ class Plan {
     with_elements(c, [&](int l, int64_t begin, int64_t end) {
       const Layer& layer = layers_[l];
       const double scale = layer.scalars.grad_scale;
-      grad_sums_[c] = passes_in_use()->square_sum(layer.grad, layer.grad_dtype, is_fp64_, scale, begin, end);
+      grad_sums_[c] =
+          passes_in_use()->square_sum(layer.grad, layer.grad_dtype, is_fp64_, scale, begin, end);
     });
   }
 
@@ -285,7 +295,8 @@ class Plan {
 
   // Of every team-th layer of these, which are all there.
   void find_grad_norms(Chunks chunks, int thread, int team) {
-    for (int l = layers_of_chunks_[chunks.begin] + thread; l <= layers_of_chunks_[chunks.end - 1]; l += team) {
+    for (int l = layers_of_chunks_[chunks.begin] + thread; l <= layers_of_chunks_[chunks.end - 1];
+         l += team) {
       const double sum = grad_sum(l), norm = grad_norms_[l] = std::sqrt(sum);
       set_grad_norm(layers_[l], is_fp64_ ? norm : static_cast<float>(norm), std::isfinite(sum));
     }
@@ -295,7 +306,9 @@ class Plan {
 
   // Elements of the chunks before the c-th.
   int64_t numel_before(int c) const { return c == 0 ? 0 : cumulative_[c - 1]; }
-  int64_t numel_of(Chunks chunks) const { return numel_before(chunks.end) - numel_before(chunks.begin); }
+  int64_t numel_of(Chunks chunks) const {
+    return numel_before(chunks.end) - numel_before(chunks.begin);
+  }
 
   // A thread's own part of some chunks: about as many elements as each other thread's.
   Chunks share_of(Chunks chunks, int thread, int team) const {
@@ -315,10 +328,12 @@ class Plan {
     scheduled_for_ = num_threads;
     waves_.clear(), batches_.clear();
     const int64_t bytes = 12;  // an element's weight and state, in fp32: what the second pass reads
-    const int64_t alone = std::min(third_level_cache_bytes() / 2 / num_threads / bytes, total_numel() / num_threads / 8);
+    const int64_t alone = std::min(third_level_cache_bytes() / 2 / num_threads / bytes,
+                                   total_numel() / num_threads / 8);
     const int64_t thread_numel = second_level_cache_bytes() * 3 / 4 / (bytes + 4);
     auto add = [&](std::vector<Chunks>& list, Chunks layer, int64_t limit) {
-      if (!list.empty() && list.back().end == layer.begin && numel_of({list.back().begin, layer.end}) <= limit) {
+      if (!list.empty() && list.back().end == layer.begin &&
+          numel_of({list.back().begin, layer.end}) <= limit) {
         list.back().end = layer.end;
       } else {
         list.push_back(layer);
@@ -328,10 +343,12 @@ class Plan {
       const Chunks layer{first_chunks_[l], first_chunks_[l + 1]};
       if (layer.begin == layer.end) continue;
       const bool is_alone = numel_of(layer) <= alone;
-      add(is_alone ? batches_ : waves_, layer, is_alone ? thread_numel : num_threads * thread_numel);
+      add(is_alone ? batches_ : waves_, layer,
+          is_alone ? thread_numel : num_threads * thread_numel);
     }
     // from the largest to the smallest, so that the threads end together
-    std::stable_sort(batches_.begin(), batches_.end(), [&](Chunks a, Chunks b) { return numel_of(a) > numel_of(b); });
+    std::stable_sort(batches_.begin(), batches_.end(),
+                     [&](Chunks a, Chunks b) { return numel_of(a) > numel_of(b); });
   }
 
   Rule rule_;
@@ -343,11 +360,13 @@ class Plan {
   std::vector<int> first_chunks_;                  // of each span, and the end
   std::vector<int> layers_of_chunks_;              // [num_chunks] number of the span
   std::vector<int64_t> cumulative_;                // [num_chunks] elements up to each chunk's end
-  int num_sums_;                                   // of weights and directions
+  int64_t num_sums_;                               // of weights and directions
   std::vector<double> sums_;                       // [num_chunks, num_sums]
-  std::vector<double> grad_sums_, grad_norms_;     // of each chunk and span, for rules that ask for them
-  int scheduled_for_ = 0;                          // threads
-  std::vector<Chunks> waves_;    // one after the other: all threads do the first pass, wait for each other, do the second
+  // of each chunk and span, for rules that ask for them
+  std::vector<double> grad_sums_, grad_norms_;
+  int scheduled_for_ = 0;  // threads
+  // one after the other: all threads do the first pass, wait for each other, do the second
+  std::vector<Chunks> waves_;
   std::vector<Chunks> batches_;  // each by one thread
 };
 

@@ -27,15 +27,21 @@ inline int num_directions_of(const Rule& rule) { return rule.algorithm == Algori
 // Whether the state is renewed with the norm of the layer's whole gradient.
 inline bool normalises_gradients(const Rule& rule) { return rule.algorithm == Algorithm::lans; }
 
-inline double clamped(double value, const double* bounds) { return std::min(std::max(value, bounds[0]), bounds[1]); }
+inline double clamped(double value, const double* bounds) {
+  return std::min(std::max(value, bounds[0]), bounds[1]);
+}
 
-inline double trust_ratio(const Rule& rule, double weight_norm, double direction_norm, double lr, double weight_decay) {
+inline double trust_ratio(const Rule& rule, double weight_norm, double direction_norm, double lr,
+                          double weight_decay) {
   const bool is_defined = weight_norm > 0 && direction_norm > 0;
-  double numerator = rule.has_weight_norm_bounds ? clamped(weight_norm, rule.weight_norm_bounds) : weight_norm;
+  double numerator =
+      rule.has_weight_norm_bounds ? clamped(weight_norm, rule.weight_norm_bounds) : weight_norm;
   double denominator = direction_norm;
   if (rule.algorithm == Algorithm::lars2017) {
-    const double decayed = rule.decay_in_ratio && !rule.decay_before_norm ? weight_decay * weight_norm : 0.0;
-    numerator = rule.trust_coefficient * (rule.damp_ratio_by_momentum ? 1.0 - rule.momentum : 1.0) * numerator;
+    const double decayed =
+        rule.decay_in_ratio && !rule.decay_before_norm ? weight_decay * weight_norm : 0.0;
+    numerator = rule.trust_coefficient * (rule.damp_ratio_by_momentum ? 1.0 - rule.momentum : 1.0) *
+                numerator;
     denominator = direction_norm + decayed + rule.eps;
   } else if (rule.algorithm == Algorithm::lars2019) {
     denominator = direction_norm + rule.eps;
@@ -88,8 +94,8 @@ inline double local_lr(bool is_fp64, double lr, double ratio) {
 }
 
 // Puts a layer's ratios in force, as many as its rule has directions.
-inline void set_ratios(Scalars& s, const Rule& rule, bool is_fp64, double lr, const double* ratios, double weight_decay,
-                       double shrinkage) {
+inline void set_ratios(Scalars& s, const Rule& rule, bool is_fp64, double lr, const double* ratios,
+                       double weight_decay, double shrinkage) {
   const double ratio = ratios[0];
   s.weight_decay = weight_decay;
   s.shrinkage = shrinkage;

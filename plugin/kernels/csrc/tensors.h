@@ -20,7 +20,9 @@ inline Dtype dtype_of(const at::Tensor& tensor) {
     case at::kFloat: return Dtype::fp32;
     case at::kBFloat16: return Dtype::bf16;
     case at::kHalf: return Dtype::fp16;
-    default: TORCH_CHECK_TYPE(false, "the CPU kernels know fp64, fp32, bf16 and fp16, not ", tensor.scalar_type());
+    default:
+      TORCH_CHECK_TYPE(false, "the CPU kernels know fp64, fp32, bf16 and fp16, not ",
+                       tensor.scalar_type());
   }
 }
 
@@ -38,32 +40,32 @@ inline bool are_laid_out_alike(const at::Tensor& a, const at::Tensor& b) {
 
 // The same values in the layout of another tensor.
 inline at::Tensor laid_out_like(const at::Tensor& values, const at::Tensor& model) {
-  TORCH_CHECK_VALUE(values.sizes() == model.sizes(), "a gradient of shape ", values.sizes(), " for a weight of shape ",
-                    model.sizes());
+  TORCH_CHECK_VALUE(values.sizes() == model.sizes(), "a gradient of shape ", values.sizes(),
+                    " for a weight of shape ", model.sizes());
   return at::empty_strided(model.sizes(), model.strides(), values.options()).copy_(values);
 }
 
 class Lookup {
  public:
-  Lookup(std::vector<at::Tensor> weights, std::vector<std::vector<at::Tensor>> states, std::vector<at::Tensor> steps,
-         bool may_overwrite_grads)
-      : weights_(std::move(weights)),
-        states_(std::move(states)),
-        steps_(std::move(steps)),
-        may_overwrite_grads_(may_overwrite_grads),
-        places_(weights_.size()) {
-    for (const auto& weight : weights_) layouts_.emplace_back(weight.scalar_type(), weight.sizes().vec());
+  Lookup(std::vector<at::Tensor> weights, std::vector<std::vector<at::Tensor>> states,
+         std::vector<at::Tensor> steps, bool may_overwrite_grads)
+      : weights_(std::move(weights)), states_(std::move(states)), steps_(std::move(steps)),
+        may_overwrite_grads_(may_overwrite_grads), places_(weights_.size()) {
+    for (const auto& weight : weights_)
+      layouts_.emplace_back(weight.scalar_type(), weight.sizes().vec());
   }
 
   // False if the weights have another device, dtype or shape than at first.
   bool renew(const py::list& grads) {
-    TORCH_CHECK(grads.size() == weights_.size(), "expected ", weights_.size(), " gradients, got ", grads.size());
+    TORCH_CHECK(grads.size() == weights_.size(), "expected ", weights_.size(), " gradients, got ",
+                grads.size());
     bool is_current = true;
     is_flat_ = true;
     for (size_t i = 0; i < weights_.size(); ++i) {
       Place& place = places_[i];
       const at::Tensor &weight = weights_[i], &grad = tensor_in(grads[i]);
-      if (!weight.is_cpu() || weight.scalar_type() != layouts_[i].first || weight.sizes() != layouts_[i].second) {
+      if (!weight.is_cpu() || weight.scalar_type() != layouts_[i].first ||
+          weight.sizes() != layouts_[i].second) {
         is_current = false;
         continue;
       }
@@ -118,17 +120,21 @@ class Lookup {
     const bool is_fp64 = place.weight_dtype == Dtype::fp64;
     bool is_good = (place.grad_dtype == Dtype::fp64) == is_fp64;
     for (const auto& state : states) is_good &= (dtype_of(state) == Dtype::fp64) == is_fp64;
-    TORCH_CHECK(is_good, "fp64 weights go with fp64 gradients and state, all others with fp32, bf16 or fp16 ones");
+    TORCH_CHECK(
+        is_good,
+        "fp64 weights go with fp64 gradients and state, all others with fp32, bf16 or fp16 ones");
     for (const auto& state : states)
-      TORCH_CHECK(dtype_of(state) == place.state_dtype, "state of ", state.scalar_type(), " and of ",
-                  states.back().scalar_type(), " for the same weight; all tensors of a weight's state have one type");
+      TORCH_CHECK(dtype_of(state) == place.state_dtype, "state of ", state.scalar_type(),
+                  " and of ", states.back().scalar_type(),
+                  " for the same weight; all tensors of a weight's state have one type");
   }
 
   std::vector<at::Tensor> weights_;
   std::vector<std::vector<at::Tensor>> states_;  // of each weight
   std::vector<at::Tensor> steps_;
   bool may_overwrite_grads_;
-  std::vector<std::pair<at::ScalarType, std::vector<int64_t>>> layouts_;  // of the weights, at first
+  std::vector<std::pair<at::ScalarType, std::vector<int64_t>>>
+      layouts_;  // of the weights, at first
   std::vector<Place> places_;
   bool is_flat_ = false;
 };

@@ -48,8 +48,7 @@ inline int64_t third_level_cache_bytes() {
 }
 
 // Calls work(thread, num_threads) on each thread of a team. It must not throw: the others would wait for ever.
-template <class Work>
-void in_parallel(int num_threads, Work work) {
+template <class Work> void in_parallel([[maybe_unused]] int num_threads, Work work) {
 #ifdef _OPENMP
   if (num_threads > 1) {
 #pragma omp parallel num_threads(num_threads)
@@ -60,13 +59,12 @@ void in_parallel(int num_threads, Work work) {
   work(0, 1);
 }
 
-inline void barrier(int num_threads) {
+inline void barrier([[maybe_unused]] int num_threads) {
 #ifdef _OPENMP
   if (num_threads > 1) {
 #pragma omp barrier
   }
 #endif
-  (void)num_threads;
 }
 
 }  // namespace largebatch

@@ -17,32 +17,27 @@ constexpr int vector_bytes = 32;
 constexpr int vector_bytes = 16;
 #endif
 
-template <class T>
-struct VectorOf {
+template <class T> struct VectorOf {
   typedef T type __attribute__((vector_size(vector_bytes)));
 };
-template <class T>
-using Vector = typename VectorOf<T>::type;
-template <class T>
-constexpr int lanes_of = vector_bytes / static_cast<int>(sizeof(T));
+template <class T> using Vector = typename VectorOf<T>::type;
+template <class T> constexpr int lanes_of = vector_bytes / static_cast<int>(sizeof(T));
 
 using Words = Vector<uint32_t>;
-typedef uint16_t Halves __attribute__((vector_size(vector_bytes / 2)));  // as many as a vector has floats
+// as many as a vector has floats
+typedef uint16_t Halves __attribute__((vector_size(vector_bytes / 2)));
 
-template <class T>
-LARGEBATCH_INLINE Vector<T> splat(double value) {
+template <class T> LARGEBATCH_INLINE Vector<T> splat(double value) {
   return Vector<T>{} + static_cast<T>(value);
 }
 
-template <class V>
-LARGEBATCH_INLINE V loaded(const void* address) {
+template <class V> LARGEBATCH_INLINE V loaded(const void* address) {
   V values;
   __builtin_memcpy(&values, address, sizeof values);
   return values;
 }
 
-template <class V>
-LARGEBATCH_INLINE void stored(void* address, V values) {
+template <class V> LARGEBATCH_INLINE void stored(void* address, V values) {
   __builtin_memcpy(address, &values, sizeof values);
 }
 
@@ -58,8 +53,12 @@ LARGEBATCH_INLINE Doubles widened(Vector<float> x) {
   return {(Vector<double>)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x)),
           (Vector<double>)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1))};
 }
-LARGEBATCH_INLINE Vector<float> square_root(Vector<float> x) { return (Vector<float>)_mm512_sqrt_ps((__m512)x); }
-LARGEBATCH_INLINE Vector<double> square_root(Vector<double> x) { return (Vector<double>)_mm512_sqrt_pd((__m512d)x); }
+LARGEBATCH_INLINE Vector<float> square_root(Vector<float> x) {
+  return (Vector<float>)_mm512_sqrt_ps((__m512)x);
+}
+LARGEBATCH_INLINE Vector<double> square_root(Vector<double> x) {
+  return (Vector<double>)_mm512_sqrt_pd((__m512d)x);
+}
 LARGEBATCH_INLINE Vector<double> plus_square(Vector<double> sum, Vector<double> x) {
   return (Vector<double>)_mm512_fmadd_pd((__m512d)x, (__m512d)x, (__m512d)sum);
 }
@@ -70,8 +69,12 @@ LARGEBATCH_INLINE Doubles widened(Vector<float> x) {
   return {(Vector<double>)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x)),
           (Vector<double>)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1))};
 }
-LARGEBATCH_INLINE Vector<float> square_root(Vector<float> x) { return (Vector<float>)_mm256_sqrt_ps((__m256)x); }
-LARGEBATCH_INLINE Vector<double> square_root(Vector<double> x) { return (Vector<double>)_mm256_sqrt_pd((__m256d)x); }
+LARGEBATCH_INLINE Vector<float> square_root(Vector<float> x) {
+  return (Vector<float>)_mm256_sqrt_ps((__m256)x);
+}
+LARGEBATCH_INLINE Vector<double> square_root(Vector<double> x) {
+  return (Vector<double>)_mm256_sqrt_pd((__m256d)x);
+}
 LARGEBATCH_INLINE Vector<double> plus_square(Vector<double> sum, Vector<double> x) {
   return (Vector<double>)_mm256_fmadd_pd((__m256d)x, (__m256d)x, (__m256d)sum);
 }
@@ -82,12 +85,15 @@ LARGEBATCH_INLINE Doubles widened(Vector<float> x) {
   return {Vector<double>{x[0], x[1]}, Vector<double>{x[2], x[3]}};
 }
 LARGEBATCH_INLINE Vector<float> square_root(Vector<float> x) {
-  return Vector<float>{__builtin_sqrtf(x[0]), __builtin_sqrtf(x[1]), __builtin_sqrtf(x[2]), __builtin_sqrtf(x[3])};
+  return Vector<float>{__builtin_sqrtf(x[0]), __builtin_sqrtf(x[1]), __builtin_sqrtf(x[2]),
+                       __builtin_sqrtf(x[3])};
 }
 LARGEBATCH_INLINE Vector<double> square_root(Vector<double> x) {
   return Vector<double>{__builtin_sqrt(x[0]), __builtin_sqrt(x[1])};
 }
-LARGEBATCH_INLINE Vector<double> plus_square(Vector<double> sum, Vector<double> x) { return sum + x * x; }
+LARGEBATCH_INLINE Vector<double> plus_square(Vector<double> sum, Vector<double> x) {
+  return sum + x * x;
+}
 
 #endif
 
