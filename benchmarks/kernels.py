@@ -285,6 +285,20 @@ def time_growth(device: str, num_rounds: int, largest: float) -> list[str]:
     return [*lines, ""]
 
 
+def time_compiled(device: str, num_rounds: int) -> list[str]:
+    """What rules without kernels of their own get, beside the fused kernels of the same rule."""
+    lines = ["## Through torch.compile", "", "| ResNet-50 | fused, ms | compiled, ms | ratio |", "|---|---|---|---|"]
+    for optimizer_class in (largebatch.LAMB, largebatch.LARS, largebatch.LANS):
+        steps = {
+            kernels: optimizer_class(parameters(SHAPES["resnet50"](), device), lr=1e-4, kernels=kernels).step
+            for kernels in ("auto", "compiled")
+        }
+        timings = interleaved(steps, num_rounds=max(7, num_rounds // 2), device=device)
+        fused, compiled = (timings[kernels].median * 1e3 for kernels in steps)
+        lines.append(f"| {optimizer_class.__name__} | {fused:.1f} | {compiled:.1f} | {compiled / fused:.2f} |")
+    return [*lines, ""]
+
+
 def plot(medians: dict[str, dict[str, float]], path: pathlib.Path) -> None:
     try:
         import matplotlib
@@ -353,7 +367,7 @@ def main() -> int:
         table, medians[shapes_name] = time_shapes(shapes_name, SHAPES[shapes_name](), device, arguments.rounds)
         print("\n".join(table), flush=True)
         lines += table
-    growth = time_growth(device, arguments.rounds, arguments.largest)
+    growth = time_growth(device, arguments.rounds, arguments.largest) + time_compiled(device, arguments.rounds)
     print("\n".join(growth))
     path.write_text("\n".join([*lines, *growth]).rstrip() + "\n")
     plot({n: m for n, m in medians.items() if n in ("resnet50", "bert-large")} or medians, path.with_suffix(".png"))
