@@ -27,7 +27,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 TESTS_NEED = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "timm>=1.0.20")
 NEW_CLIENTS = ("transformers>=5.23", "accelerate>=1.15", "lightning>=2.6.6")
 OLD_CLIENTS = ("transformers>=4.56,<5", "accelerate>=1.10,<1.11", "lightning>=2.5,<2.6")
-WORKERS = ("--numprocesses=2", "--dist=loadgroup")
+WORKERS = ("--numprocesses=2", "--dist=loadfile")
 SECONDS = 3600
 """For one column; one that takes longer has failed."""
 

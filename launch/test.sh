@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up .venv with the test extra if needed, then runs the tests, one worker a core (at most four).
+# Sets up .venv with the test extra if needed, then runs the tests, one worker a core (at most four), file by file.
 #
 #   bash launch/test.sh              everything but what takes long and what needs an ssh server
 #   bash launch/test.sh --full       what takes long, too: the whole exactness matrix, every launch
@@ -31,5 +31,5 @@ selection="${full}${full:+${hosts:+ and }}${hosts}"
 [ "${#arguments[@]}" -eq 0 ] || selection=""
 workers="$(nproc)"
 export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
-exec python -m pytest --numprocesses "$((workers < 4 ? workers : 4))" --dist loadgroup ${selection:+-m "$selection"} \
+exec python -m pytest --numprocesses "$((workers < 4 ? workers : 4))" --dist loadfile --no-loadscope-reorder ${selection:+-m "$selection"} \
   "${paths[@]}" "${arguments[@]}"

@@ -12,7 +12,7 @@ import pytest
 
 from support import hosts, launching
 
-pytestmark = [pytest.mark.launcher, pytest.mark.hosts, pytest.mark.xdist_group("hosts")]
+pytestmark = [pytest.mark.launcher, pytest.mark.hosts]
 ROOT = launching.ROOT
 RUN = ("--deepspeed_config", ROOT / "ds_configs/lenet_digits_lars_480.json", "--steps", 6, "--zero_stage", 2)
 EXACT = ("loss", "lr", "is_applied", "epoch", "layers", "top1", "test_loss")

@@ -9,7 +9,7 @@ import pytest
 
 from largebatch.kernels.build import FLAGS, SOURCE_FOLDER, SOURCES, compiler_command
 
-pytestmark = [pytest.mark.full, pytest.mark.xdist_group("program")]
+pytestmark = pytest.mark.full
 PROGRAM = pathlib.Path(__file__).parents[1] / "support" / "kernel_program.cpp"
 WITHOUT_TORCH = [str(SOURCE_FOLDER / source) for source in SOURCES if source != "binding.cpp"]
 # the last two: of the headers with the intrinsics of AVX-512 (GCC 12)

@@ -66,10 +66,7 @@ def walks(tmp_path_factory):
 @pytest.mark.full
 @pytest.mark.parametrize(
     "version, capability",
-    [
-        pytest.param("installed", 80, marks=pytest.mark.xdist_group("walk A100")),
-        pytest.param(OTHER_TRITON, 90, marks=pytest.mark.xdist_group("walk H100")),
-    ],
+    [("installed", 80), (OTHER_TRITON, 90)],
     ids=["installed-A100", f"{OTHER_TRITON}-H100"],
 )
 @pytest.mark.parametrize("case", CASES)
