@@ -285,6 +285,33 @@ def time_growth(device: str, num_rounds: int, largest: float) -> list[str]:
     return [*lines, ""]
 
 
+def time_offload(device: str, num_rounds: int) -> list[str]:
+    """The step that ZeRO-Offload takes: one flat partition in fp32, beside the optimizer that DeepSpeed has for it."""
+    if device != "cpu":
+        return []
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    lines = [
+        "## Under ZeRO-Offload",
+        "",
+        "| | DeepSpeedCPUAdam, ms | LAMB, ms | ratio | LARS, ms | ratio |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in ("resnet50", "bert-large"):
+        shapes = SHAPES[name]()
+        flat = torch.nn.Parameter(torch.cat([p.detach().reshape(-1) for p in parameters(shapes, device)]))
+        flat.grad = torch.full_like(flat, 1e-3)
+        steps = {
+            "Adam": DeepSpeedCPUAdam([flat], lr=1e-4, weight_decay=0.01).step,
+            "LAMB": flattened(largebatch.LAMB, shapes, device, lr=1e-4, weight_decay=0.01, overwrite_grads=True).step,
+            "LARS": flattened(largebatch.LARS, shapes, device, lr=1e-4, weight_decay=0.01).step,
+        }
+        timings = interleaved(steps, num_rounds=max(5, num_rounds // 3), device=device)
+        adam, lamb, lars = (timings[step].median * 1e3 for step in steps)
+        lines.append(f"| {name} | {adam:.1f} | {lamb:.1f} | {lamb / adam:.2f} | {lars:.1f} | {lars / adam:.2f} |")
+    return [*lines, ""]
+
+
 def time_compiled(device: str, num_rounds: int) -> list[str]:
     """What rules without kernels of their own get, beside the fused kernels of the same rule."""
     lines = ["## Through torch.compile", "", "| ResNet-50 | fused, ms | compiled, ms | ratio |", "|---|---|---|---|"]
@@ -367,7 +394,8 @@ def main() -> int:
         table, medians[shapes_name] = time_shapes(shapes_name, SHAPES[shapes_name](), device, arguments.rounds)
         print("\n".join(table), flush=True)
         lines += table
-    growth = time_growth(device, arguments.rounds, arguments.largest) + time_compiled(device, arguments.rounds)
+    growth = time_growth(device, arguments.rounds, arguments.largest) + time_offload(device, arguments.rounds)
+    growth += time_compiled(device, arguments.rounds)
     print("\n".join(growth))
     path.write_text("\n".join([*lines, *growth]).rstrip() + "\n")
     plot({n: m for n, m in medians.items() if n in ("resnet50", "bert-large")} or medians, path.with_suffix(".png"))
