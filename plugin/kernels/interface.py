@@ -203,14 +203,16 @@ class LayerFigures(NamedTuple):
 
 
 class Kernels(Protocol):
-    """One backend. All functions are deterministic: same input, same bits; no atomics; sums in a fixed order.
+    """One backend. All functions are deterministic: same input, same bits; sums in a fixed order, never atomic.
 
     ``grad_scale``: 0-dim, what gradients are multiplied by before use (unscaling, clipping); None for 1.
     """
 
     name: str
     is_fused: bool
-    """Whether ``step_`` reads the memory fewer times than ``accumulate_`` and ``advance_`` together."""
+    """Whether it is one of FusedKernels, whose ``step_`` reads the memory fewer times than ``accumulate_`` and ``advance_``."""
+    takes_whole_steps: bool
+    """Whether it is one of WholeStepKernels."""
 
     def is_current(self, segments: Segments) -> bool:
         """Whether the weights still have the device, dtype and shape that they had at the first call.
@@ -268,4 +270,30 @@ class FusedKernels(Kernels, Protocol):
 
     def step_(self, segments: Segments, *, grad_scale: Tensor | None) -> LayerFigures:
         """``accumulate_``, trust ratios and ``advance_``, for layers that lie in these tensors as a whole."""
+        ...
+
+
+class WholeStepKernels(Kernels, Protocol):
+    """A backend that takes a step of all calls on a device by itself, so that the host has nothing to compute between its launches."""
+
+    def whole_step_(
+        self,
+        calls: Sequence[Segments],
+        *,
+        grad_scale: Tensor | None,
+        max_grad_norm: float | None,
+        num_skipped: Tensor,
+        num_skipped_layers: Tensor,
+    ) -> list[LayerFigures]:
+        """Clips the gradients, steps, and counts, for layers that lie in these tensors as a whole.
+
+        Args:
+            calls: all on one device. Their ``steps`` are counted unless no layer of any of them moved; ``stats`` is written.
+            grad_scale: see Kernels.
+            max_grad_norm: bound of the norm of all calls' gradients together; None for no bound.
+            num_skipped, num_skipped_layers: 0-dim int64, added to: steps in which no layer moved, and layers left alone.
+
+        Returns:
+            What each of the calls has found.
+        """
         ...
