@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -19,6 +20,8 @@ from largebatch.rules.lamb import LAMB, NLAMB, NNLAMB
 from largebatch.rules.lans import LANS
 from largebatch.rules.lars import LARS2017, LARS2019
 from largebatch.rules.rule import Layers, Rule
+
+DEVICE, DTYPE, SHAPE = map(attrgetter, ("device", "dtype", "shape"))
 
 ALGORITHMS: dict[type, int] = {LARS2017: 0, LARS2019: 1, LAMB: 2, NLAMB: 3, NNLAMB: 4, LANS: 5}
 """Number of each rule in the compiled kernels (csrc/passes.h, triton_rules.py)."""
@@ -132,7 +135,7 @@ class Segments:
 
     def have_same_layout(self) -> bool:
         """Whether the weights have the device, dtype and shape that they had at the first call of this method."""
-        layouts = [(weight.device, weight.dtype, weight.shape) for weight in self.weights]
+        layouts = [list(map(attribute, self.weights)) for attribute in (DEVICE, DTYPE, SHAPE)]
         return self.prepared.setdefault("layouts", layouts) == layouts
 
     def is_whole(self, span: Span) -> bool:

@@ -14,7 +14,6 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from operator import methodcaller
 from typing import Any
 
 import torch
@@ -23,6 +22,8 @@ from torch import Tensor
 
 from largebatch.kernels.interface import (
     ALGORITHMS,
+    DTYPE,
+    SHAPE,
     Before,
     Decisions,
     LayerFigures,
@@ -184,17 +185,24 @@ def probe(device: torch.device) -> None:
     """Compiles and launches a kernel of one store. Raises whatever Triton raises where it cannot."""
     x = torch.zeros((), device=device)
     with on(device):
-        launch(probe_kernel, 1, x=x)()
+        launch(probe_kernel, 1, x=x)
 
 
-ADDRESS, STRIDE, IS_NEG, IS_ZERO = (methodcaller(n) for n in ("data_ptr", "stride", "is_neg", "_is_zerotensor"))
+def addresses_of(tensors: Sequence[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
 
 
-def strides_of(segments: Segments) -> list[Any]:
-    """What the memory of weights and gradients depends on beside where it lies; of lazy gradients never the same."""
-    if any(map(IS_NEG, segments.grads)) or any(map(IS_ZERO, segments.grads)):
-        return [math.nan]
-    return [*map(STRIDE, segments.weights), *map(STRIDE, segments.grads)]
+def strides_of(tensors: Sequence[Tensor]) -> list[tuple[int, ...]] | None:
+    """None if all are contiguous, which is seen faster than any stride."""
+    return None if all(map(Tensor.is_contiguous, tensors)) else list(map(Tensor.stride, tensors))
+
+
+def layouts_of(segments: Segments, grad_addresses: list[int]) -> Any:
+    """What the memory of weights and gradients is beside where it lies; never the same if a gradient's does not hold its values."""
+    if any(map(Tensor.is_neg, segments.grads)):
+        return math.nan
+    # nothing lies at 0 but tensors without elements, and zeros that are not in memory
+    return grad_addresses.count(0), strides_of(segments.weights), strides_of(segments.grads)
 
 
 @dataclass
@@ -243,8 +251,8 @@ class Tables:
     """Column -> the addresses of its tensors that the device has."""
     known_lr: float | None = None
     known_max_norm: float | None = None
-    regular: list[Any] | None = None
-    """The strides of weights and gradients none of which had to be copied, at the addresses that are known."""
+    regular: Any = None
+    """See layouts_of; None if a tensor had to be copied."""
     copies: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     """(column, tensor) -> where an irregular tensor is copied in each step."""
     calls: tuple[list[list[int]], Tensor] | None = None
@@ -270,7 +278,17 @@ class TritonKernels:
     takes_whole_steps = True
 
     def is_current(self, segments: Segments) -> bool:
-        return segments.have_same_layout()
+        # what lies where it lay is on the device where it was
+        layouts = [
+            addresses_of(segments.weights),
+            *(list(map(attribute, segments.weights)) for attribute in (DTYPE, SHAPE)),
+        ]
+        if segments.prepared.get("triton layouts") != layouts:
+            segments.prepared["triton layouts"] = layouts
+            if not segments.have_same_layout():
+                return False
+        segments.prepared["weights lie at"] = layouts[0]
+        return True
 
     def count_(self, segments: Segments) -> None:
         if segments.steps:
@@ -331,7 +349,7 @@ class TritonKernels:
             depends_on = [
                 grad_scale is None,
                 max_grad_norm is None,
-                *map(ADDRESS, counts),
+                *addresses_of(counts),
                 *((id(f.tables), f.tables.num_changes, f.dtypes, f.segments.stats.data_ptr()) for f in flats),
             ]
             if last.steps is not None and last.steps[0] == depends_on:
@@ -581,17 +599,18 @@ class FlatTensors:
         self.segments, self.tables = segments, tables
         self.copies: list[tuple[Tensor, Tensor]] = []
         columns = [segments.weights, segments.grads, *zip(*segments.states, strict=True)]
-        strides = strides_of(segments)
-        addresses = [list(map(ADDRESS, column)) for column in columns]
+        of_weights = segments.prepared.pop("weights lie at", None) or addresses_of(segments.weights)
+        addresses = [of_weights, *map(addresses_of, columns[1:])]
+        layouts = layouts_of(segments, addresses[1])
         kept = [tables.known.get(place) == column for place, column in enumerate(addresses) if place != 1]
-        if strides != tables.regular or not all(kept):
+        if layouts != tables.regular or not all(kept):
             columns = self.flat_columns()
-            addresses = [list(map(ADDRESS, column)) for column in columns]
-            tables.regular = None if self.has_copied else strides
+            addresses = [addresses_of(column) for column in columns]
+            tables.regular = None if self.has_copied else layouts
         for place, column in enumerate(columns):
             self.tell(place, addresses[place], column[0].element_size())
         if segments.steps:
-            self.tell(4, list(map(ADDRESS, segments.steps)), None)
+            self.tell(4, addresses_of(segments.steps), None)
         self.dtypes = tuple(DTYPES[column[0].dtype] for column in columns[:3])
         """Of weights, gradients and state."""
 
@@ -599,7 +618,10 @@ class FlatTensors:
         segments = self.segments
         self.has_copied = False
         weights = [self.flat(w.detach(), None, 0, i) for i, w in enumerate(segments.weights)]
-        columns = [weights, [self.flat(g, w, 1, i) for i, (w, g) in enumerate(zip(weights, segments.grads, strict=True))]]
+        columns = [
+            weights,
+            [self.flat(g, w, 1, i) for i, (w, g) in enumerate(zip(weights, segments.grads, strict=True))],
+        ]
         for place, column in enumerate(zip(*segments.states, strict=True), start=2):
             columns.append([self.flat(s, w, place, i) for i, (w, s) in enumerate(zip(weights, column, strict=True))])
         return columns

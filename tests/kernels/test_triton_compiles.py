@@ -25,7 +25,7 @@ def test_every_kernel_compiles_and_moves_16_bytes_at_a_time(capability, tmp_path
     )
     assert run.returncode == 0, run.stderr[-4000:]
     found = json.loads(run.stdout.splitlines()[-1])
-    assert len(found) == 6 * (2 * 3 + 2) + 2 * 3
+    assert len(found) == 6 * 3 * (2 + 2) + 2 * 2
     for name, count in found.items():
         assert count["local memory"] == 0, f"{name} has arrays that do not fit into registers"
         kernel, *case = name.split()

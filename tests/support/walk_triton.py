@@ -30,12 +30,11 @@ ALGORITHMS = [
     (largebatch.LANS, {}),
 ]  # fmt: skip
 KERNELS = [
-    triton_kernels.norm_kernel,
     triton_kernels.first_kernel,
-    triton_kernels.layer_kernel,
     triton_kernels.second_kernel,
+    triton_kernels.square_kernel,
+    triton_kernels.probe_kernel,
 ]
-KERNELS += [triton_kernels.square_kernel, triton_kernels.probe_kernel]
 
 
 def num_binaries():
