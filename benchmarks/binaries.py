@@ -122,7 +122,7 @@ def row(name: str, kernel: Any, constants: dict[str, Any], block: int, gpu: GPU)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", default=str(triton_kernels.BLOCK_NUMEL), help="sizes of a block, with commas")
+    parser.add_argument("--blocks", default=str(triton_gpu.block_numel(tl.float32)), help="sizes of a block, with commas")
     parser.add_argument("--report", type=pathlib.Path, metavar="FILE.md")
     arguments = parser.parse_args()
     blocks = [int(block) for block in arguments.blocks.split(",")]

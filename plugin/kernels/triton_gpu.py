@@ -33,7 +33,7 @@ from largebatch.kernels.interface import (
     uploaded,
 )
 from largebatch.kernels.triton_kernels import (
-    BLOCK_NUMEL,
+    BLOCK_BYTES,
     CHUNK_NUMEL,
     ROW_BLOCK,
     first_kernel,
@@ -134,6 +134,11 @@ def cut_into_chunks(numels: list[int]) -> tuple[list[int], list[int]]:
     return owners, starts
 
 
+def block_numel(*dtypes: tl.dtype) -> int:
+    """Elements of a block of arrays with these dtypes."""
+    return BLOCK_BYTES * 8 // min(dtype.primitive_bitwidth for dtype in dtypes)
+
+
 def with_a_span_each(segments: Segments) -> list[Span]:
     """The spans, and an empty one for each layer that has none here: a program looks at it, too."""
     found = {span.row for span in segments.spans}
@@ -205,7 +210,7 @@ def layouts_of(segments: Segments, grad_addresses: list[int]) -> Any:
     return grad_addresses.count(0), strides_of(segments.weights), strides_of(segments.grads)
 
 
-@dataclass
+@dataclass(eq=False)
 class Tables:
     """What the programs of a call look up, on the device. Made at its first step; afterwards written in place."""
 
@@ -350,7 +355,7 @@ class TritonKernels:
                 grad_scale is None,
                 max_grad_norm is None,
                 *addresses_of(counts),
-                *((id(f.tables), f.tables.num_changes, f.dtypes, f.segments.stats.data_ptr()) for f in flats),
+                *((f.tables, f.tables.num_changes, f.dtypes, f.segments.stats.data_ptr()) for f in flats),
             ]
             if last.steps is not None and last.steps[0] == depends_on:
                 for launch_again in last.steps[1]:
@@ -397,7 +402,6 @@ class TritonKernels:
             "grad_scale": grad_scale,
             "G": flat.dtypes[1],
             "CHUNK": CHUNK_NUMEL,
-            "BLOCK": BLOCK_NUMEL,
             "ROW_BLOCK": ROW_BLOCK,
         }
 
@@ -414,6 +418,7 @@ class TritonKernels:
             "T": DTYPES[segments.dtype],
             "W": weights,
             "S": states,
+            "BLOCK": block_numel(*flat.dtypes),
             "HAS_STEPS": bool(segments.steps),
         }
 
@@ -445,6 +450,7 @@ class TritonKernels:
             clipped=clips.clipped,
             CLIPS=clipping is not None,
             T=DTYPES[dtype],
+            BLOCK=block_numel(flat.dtypes[1]),
             **self.common(flat, grad_scale),
         )
 

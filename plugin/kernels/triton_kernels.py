@@ -36,7 +36,9 @@ from largebatch.kernels.triton_rules import (
 )
 
 CHUNK_NUMEL = 8192
-BLOCK_NUMEL = 1024
+BLOCK_BYTES = 2048
+"""Of a block, in the array with the smallest elements: a load of 16 bytes for each of 128 threads. Twice as much takes twice the
+registers, see benchmarks/binaries.py."""
 ROW_BLOCK = 128
 COUNTS = ("num_chunks", "num_spans", "num_layers", "num_calls")
 """Arguments for which no value is special: 1, 16 and 17 layers run the same binary."""

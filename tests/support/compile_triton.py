@@ -14,6 +14,7 @@ from triton.compiler import ASTSource
 
 from largebatch.kernels import triton_kernels as kernels
 from largebatch.kernels.interface import ALGORITHMS
+from largebatch.kernels.triton_gpu import block_numel
 
 POINTERS = {
     "chunks": "*i64", "spans": "*i64", "addresses": "*i64", "row_chunks": "*i64", "rows": "*fp64", "rule_options": "*fp64",
@@ -25,7 +26,7 @@ INSTRUCTIONS = {"wide loads": r"ld\.global\.v4", "wide stores": r"st\.global\.v4
 FP32 = {"T": tl.float32, "W": tl.float32, "G": tl.float32, "S": tl.float32}
 HALF = {"T": tl.float32, "W": tl.bfloat16, "G": tl.float16, "S": tl.bfloat16}
 FP64 = {"T": tl.float64, "W": tl.float64, "G": tl.float64, "S": tl.float64}
-SIZES = {"CHUNK": kernels.CHUNK_NUMEL, "BLOCK": kernels.BLOCK_NUMEL, "ROW_BLOCK": kernels.ROW_BLOCK}
+SIZES = {"CHUNK": kernels.CHUNK_NUMEL, "ROW_BLOCK": kernels.ROW_BLOCK}
 
 
 def compiled_for(kernel, constants, target):
@@ -47,6 +48,7 @@ def cases():
     for algorithm in ALGORITHMS.values():
         for types_name, types in (("fp32", FP32), ("half", HALF), ("fp64", FP64)):
             both = {"ALGORITHM": algorithm, "CORRECTS": 1, "HAS_STEPS": algorithm >= 2 or types is HALF} | types | SIZES
+            both["BLOCK"] = block_numel(*(types[name] for name in "WGS"))
             first = both | {"DECAY_BEFORE_NORM": algorithm == 0} | dict.fromkeys(switches, True)
             for decides in (True, False):
                 yield f"first {algorithm} {types_name} {decides}", kernels.first_kernel, first | {"DECIDES": decides}
@@ -55,7 +57,7 @@ def cases():
                 yield f"second {algorithm} {types_name} {counts}", kernels.second_kernel, second | {"COUNTS": counts}
     for name, dtype in (("fp32", tl.float32), ("bf16", tl.bfloat16)):
         for squares, clips in ((tl.float64, True), (tl.float32, False)):
-            constants = {"T": squares, "G": dtype, "CLIPS": clips} | SIZES
+            constants = {"T": squares, "G": dtype, "CLIPS": clips, "BLOCK": block_numel(dtype)} | SIZES
             yield f"square {name} {squares}", kernels.square_kernel, constants
 
 
