@@ -47,7 +47,7 @@ class Operators(TorchDispatchMode):
         self.names: list[str] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if not function.is_view:
+        if function.namespace == "aten" and not function.is_view:
             self.names.append(str(function))
         return function(*args, **(kwargs or {}))
 

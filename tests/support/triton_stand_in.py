@@ -18,7 +18,7 @@ class Launch(NamedTuple):
     binary: Any
     """Triton's CompiledKernel metadata: the same object for the same binary."""
     arguments: tuple[Any, ...]
-    """What its launcher is given for the kernel's own; of a tensor its address."""
+    """What its launcher is given for the kernel's own."""
 
 
 class StandInDriver:
@@ -45,8 +45,7 @@ class StandInDriver:
 
             def __call__(self, x: int, y: int, z: int, *others: Any) -> None:
                 # stream, function, packed metadata, launch metadata and two hooks come first
-                given = tuple(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in others[6:])
-                driver.launches.append(Launch(self.name, (x, y, z), self.metadata, given))
+                driver.launches.append(Launch(self.name, (x, y, z), self.metadata, others[6:]))
 
         self.launcher_cls = Launcher
 

@@ -85,10 +85,15 @@ def check_kept_launches(optimizer):
 
 
 def launches_of(optimizer):
+    """Of a step; of a tensor its address."""
     driver = triton.runtime.driver.active
     num_before = len(driver.launches)
     optimizer.step()
-    return driver.launches[num_before:]
+    launches = driver.launches[num_before:]
+    return [
+        launch._replace(arguments=[a.data_ptr() if torch.is_tensor(a) else a for a in launch.arguments])
+        for launch in launches
+    ]
 
 
 def plain(optimizer_class, options, dtype=torch.float32, **more):
