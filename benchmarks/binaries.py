@@ -111,8 +111,10 @@ def row(name: str, kernel: Any, constants: dict[str, Any], block: int, gpu: GPU)
     compiled = compiled_for(kernel, used, GPUTarget("cuda", gpu.capability, 32))
     found, (num_registers, stack) = instructions(compiled), resources(compiled.asm["cubin"])
     num_threads = resident(num_registers, gpu)
-    read, written = (found[f"wide {kind}"] * WIDTH * NUM_THREADS / block for kind in ("loads", "stores"))
-    under_way = num_threads * found["wide loads"] * WIDTH
+    # no kernel has more than four arrays: with more loads, the compiler has written the loop over the blocks of a chunk out
+    num_blocks = sizes["CHUNK"] // block if found["wide loads"] * WIDTH * NUM_THREADS > 4 * block * 4 else 1
+    read, written = (found[f"wide {kind}"] / num_blocks * WIDTH * NUM_THREADS / block for kind in ("loads", "stores"))
+    under_way = num_threads * found["wide loads"] / num_blocks * WIDTH
     promise = min(1.0, under_way / gpu.bytes_wanted)
     return (
         f"| {name} | {block} | {num_registers} | {stack} | {num_threads} | {WIDTH if found['wide loads'] else '?'} | {read:g} | "
@@ -122,7 +124,9 @@ def row(name: str, kernel: Any, constants: dict[str, Any], block: int, gpu: GPU)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", default=str(triton_gpu.block_numel(tl.float32)), help="sizes of a block, with commas")
+    parser.add_argument(
+        "--blocks", default=str(triton_gpu.block_numel(tl.float32)), help="sizes of a block, with commas"
+    )
     parser.add_argument("--report", type=pathlib.Path, metavar="FILE.md")
     arguments = parser.parse_args()
     blocks = [int(block) for block in arguments.blocks.split(",")]

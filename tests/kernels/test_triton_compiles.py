@@ -32,3 +32,10 @@ def test_every_kernel_compiles_and_moves_16_bytes_at_a_time(capability, tmp_path
         if kernel in NUM_READ and case[1] == "fp32":
             assert count["wide loads"] == NUM_READ[kernel][int(case[0])], name
             assert count["wide stores"] == NUM_WRITTEN[kernel][int(case[0])], name
+        # first its layer, then, where a step is clipped, all layers
+        num_arrivals = {"first": 1, "second": 0, "square": 1}[kernel] + (kernel == "square" and case[1] == "fp64")
+        assert count["arrivals"] == count["atomics"] == num_arrivals, f"{name}: nothing is atomic but counters"
+        assert count["arrivals after a barrier"] == num_arrivals, (
+            f"{name} counts itself in before all its threads are done"
+        )
+        assert (count["loads past the cache"] > 0) == (num_arrivals > 0), name

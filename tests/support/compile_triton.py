@@ -22,7 +22,11 @@ POINTERS = {
     "arrivals": "*i32", "step_numbers": "*fp64", "calls": "*i64", "num_skipped": "*i64", "num_skipped_layers": "*i64", "factor": "*fp64",
     "max_norm": "*fp64", "clipped": "*fp64",
 }  # fmt: skip
-INSTRUCTIONS = {"wide loads": r"ld\.global\.v4", "wide stores": r"st\.global\.v4", "local memory": r"\b(ld|st)\.local"}
+INSTRUCTIONS = {
+    "wide loads": r"ld\.global\.v4", "wide stores": r"st\.global\.v4", "local memory": r"\b(ld|st)\.local",
+    "arrivals": r"\batom\.global\.gpu\.acq_rel\.add\.u32\b", "atomics": r"\b(atom|red)\.", "loads past the cache": r"\bld\.global\.cg\b",
+    "arrivals after a barrier": r"\bbar\.sync\b(?:(?!\bst\.global\b|\bld\.global\b)[\s\S])*?\batom\.",
+}  # fmt: skip
 FP32 = {"T": tl.float32, "W": tl.float32, "G": tl.float32, "S": tl.float32}
 HALF = {"T": tl.float32, "W": tl.bfloat16, "G": tl.float16, "S": tl.bfloat16}
 FP64 = {"T": tl.float64, "W": tl.float64, "G": tl.float64, "S": tl.float64}
