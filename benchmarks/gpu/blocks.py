@@ -1,7 +1,7 @@
 """Which sizes of chunk and block, and how many warps, make a step of LAMB and of LARS fastest on ResNet-50's tensors.
 
-The constants of largebatch.kernels are replaced from outside: CHUNK_NUMEL (what a program works on), BLOCK_NUMEL (what it
-loads at once), and ``num_warps`` of every launch. What could not be replaced, because the kernels have changed, is said.
+The constants of largebatch.kernels are replaced from outside: CHUNK_NUMEL (what a program works on), BLOCK_BYTES (what it
+loads at once of each array), and ``num_warps`` of every launch. What could not be replaced, because the kernels have changed, is said.
 Processes of their own compile all variants first, side by side; then one process times them, interleaved.
 """
 
@@ -27,7 +27,7 @@ from shapes import SHAPES
 import largebatch
 from gpu.report import Report, measured_head, stage_arguments
 
-CONSTANTS = ("CHUNK_NUMEL", "BLOCK_NUMEL")
+CONSTANTS = ("CHUNK_NUMEL", "BLOCK_BYTES")
 MODULES = ("largebatch.kernels.triton_gpu", "largebatch.kernels.triton_kernels")
 OPTIMIZERS = {"LAMB": {"weight_decay": 0.01}, "LARS": {"weight_decay": 1e-4}}
 NUM_COMPILERS = 16
@@ -67,7 +67,7 @@ def varied(variant: Variant) -> Iterator[list[Launched]]:
         module = sys.modules.get(name)
         for attribute, value in list(vars(module).items()) if module else []:
             if attribute in CONSTANTS:
-                new = variant.chunk if attribute == "CHUNK_NUMEL" else variant.block
+                new = variant.chunk if attribute == "CHUNK_NUMEL" else 4 * variant.block
             elif name == MODULES[0] and attribute.endswith("_kernel") and hasattr(value, "fn"):
                 new = Launched(value, variant.warps)
                 launched.append(new)

@@ -58,6 +58,7 @@ class ApexKernels(ReferenceKernels):
 
     name = "apex"
     is_fused = True
+    takes_whole_steps = False
 
     def __init__(self, applier: Any, functors: Any):
         self.applier, self.functors = applier, functors

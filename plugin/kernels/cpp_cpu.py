@@ -31,6 +31,7 @@ class CppKernels:
 
     name = "cpp"
     is_fused = True
+    takes_whole_steps = False
 
     def __init__(self) -> None:
         """

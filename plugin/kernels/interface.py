@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -19,6 +20,8 @@ from largebatch.rules.lamb import LAMB, NLAMB, NNLAMB
 from largebatch.rules.lans import LANS
 from largebatch.rules.lars import LARS2017, LARS2019
 from largebatch.rules.rule import Layers, Rule
+
+DEVICE, DTYPE, SHAPE = map(attrgetter, ("device", "dtype", "shape"))
 
 ALGORITHMS: dict[type, int] = {LARS2017: 0, LARS2019: 1, LAMB: 2, NLAMB: 3, NNLAMB: 4, LANS: 5}
 """Number of each rule in the compiled kernels (csrc/passes.h, triton_rules.py)."""
@@ -132,7 +135,7 @@ class Segments:
 
     def have_same_layout(self) -> bool:
         """Whether the weights have the device, dtype and shape that they had at the first call of this method."""
-        layouts = [(weight.device, weight.dtype, weight.shape) for weight in self.weights]
+        layouts = [list(map(attribute, self.weights)) for attribute in (DEVICE, DTYPE, SHAPE)]
         return self.prepared.setdefault("layouts", layouts) == layouts
 
     def is_whole(self, span: Span) -> bool:
@@ -203,14 +206,16 @@ class LayerFigures(NamedTuple):
 
 
 class Kernels(Protocol):
-    """One backend. All functions are deterministic: same input, same bits; no atomics; sums in a fixed order.
+    """One backend. All functions are deterministic: same input, same bits; sums in a fixed order, never atomic.
 
     ``grad_scale``: 0-dim, what gradients are multiplied by before use (unscaling, clipping); None for 1.
     """
 
     name: str
     is_fused: bool
-    """Whether ``step_`` reads the memory fewer times than ``accumulate_`` and ``advance_`` together."""
+    """Whether it is one of FusedKernels, whose ``step_`` reads the memory fewer times than ``accumulate_`` and ``advance_``."""
+    takes_whole_steps: bool
+    """Whether it is one of WholeStepKernels."""
 
     def is_current(self, segments: Segments) -> bool:
         """Whether the weights still have the device, dtype and shape that they had at the first call.
@@ -268,4 +273,30 @@ class FusedKernels(Kernels, Protocol):
 
     def step_(self, segments: Segments, *, grad_scale: Tensor | None) -> LayerFigures:
         """``accumulate_``, trust ratios and ``advance_``, for layers that lie in these tensors as a whole."""
+        ...
+
+
+class WholeStepKernels(Kernels, Protocol):
+    """A backend that takes a step of all calls on a device by itself, so that the host has nothing to compute between its launches."""
+
+    def whole_step_(
+        self,
+        calls: Sequence[Segments],
+        *,
+        grad_scale: Tensor | None,
+        max_grad_norm: float | None,
+        num_skipped: Tensor,
+        num_skipped_layers: Tensor,
+    ) -> list[LayerFigures]:
+        """Clips the gradients, steps, and counts, for layers that lie in these tensors as a whole.
+
+        Args:
+            calls: all on one device. Their ``steps`` are counted unless no layer of any of them moved; ``stats`` is written.
+            grad_scale: see Kernels.
+            max_grad_norm: bound of the norm of all calls' gradients together; None for no bound.
+            num_skipped, num_skipped_layers: 0-dim int64, added to: steps in which no layer moved, and layers left alone.
+
+        Returns:
+            What each of the calls has found.
+        """
         ...

@@ -33,6 +33,7 @@ class ReferenceKernels:
 
     name = "reference"
     is_fused = False
+    takes_whole_steps = False
 
     def is_current(self, segments: Segments) -> bool:
         return segments.have_same_layout()

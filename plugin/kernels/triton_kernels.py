@@ -1,7 +1,9 @@
-"""The three kernels of a step in Triton, and the sums of squares of any tensors; launched by largebatch.kernels.triton_gpu.
+"""The two passes of a step in Triton, and the sums of squares of any tensors; launched by largebatch.kernels.triton_gpu.
 
 One program works on one chunk of one layer. It finds its tensors through a table of addresses, so that whole parameters
-and the segments of a flat partition are the same to it.
+and the segments of a flat partition are the same to it. Programs that finish the chunks of a layer count themselves in by an
+atomic counter; the last of them adds up what all have stored, in the order of the chunks. Sums are never atomic, so that which
+program comes last makes no difference to any bit.
 """
 
 import triton
@@ -34,9 +36,11 @@ from largebatch.kernels.triton_rules import (
 )
 
 CHUNK_NUMEL = 8192
-BLOCK_NUMEL = 1024
+BLOCK_BYTES = 2048
+"""Of a block, in the array with the smallest elements: a load of 16 bytes for each of 128 threads. Twice as much takes twice the
+registers, see benchmarks/binaries.py."""
 ROW_BLOCK = 128
-COUNTS = ("num_chunks", "num_spans", "num_layers")
+COUNTS = ("num_chunks", "num_spans", "num_layers", "num_calls")
 """Arguments for which no value is special: 1, 16 and 17 layers run the same binary."""
 
 # --- chunks and memory ---------------------------------------------------------------------------------------------------
@@ -72,6 +76,32 @@ def stored(array, index, mask, values, IS_WIDE: tl.constexpr):
         tl.store(array + index, values, mask=mask)
 
 
+# --- layers that are finished ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def arrives_last(counter, num_arrivals):
+    """Counts this program in; whether it is the last of so many, which sees what each of them had stored before it was counted in.
+
+    The last one sets the counter to 0 again, so that the next launch, or a replay of a CUDA graph, finds it as this one did.
+    """
+    tl.debug_barrier()
+    is_last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == num_arrivals - 1
+    if is_last:
+        tl.store(counter, 0)
+    return is_last
+
+
+@triton.jit
+def added_up(sums, first, end, BLOCK: tl.constexpr):
+    """The sum of what other programs have stored there, past the cache that is this multiprocessor's own."""
+    parts = tl.zeros((BLOCK,), tl.float64)
+    for start in range(first, end, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        parts += tl.load(sums + index, mask=index < end, other=0.0, cache_modifier=".cg")
+    return tl.sum(parts, axis=0)
+
+
 # --- the passes ---------------------------------------------------------------------------------------------------------
 
 
@@ -83,27 +113,20 @@ def looked_up(
     spans,  # [4, num_spans] int64: numel, row, layer_start, tensor
     num_spans,
     addresses,  # [4, num_spans] int64: weight, grad, state 0, state 1; then [num_tensors]: the fp32 step counts
-    HAS_STEPS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Of a chunk: row of its layer, first element in the span, the span's elements and where it begins in the layer, number of
-    the step, addresses of weight, gradient and state."""
+    """Of a chunk: row of its layer, first element in the span, the span's elements and where it begins in the layer, addresses of
+    weight, gradient and state."""
     span = tl.load(chunks + chunk)
     start = tl.multiple_of(tl.load(chunks + num_chunks + chunk), CHUNK)
     numel = tl.load(spans + span)
     row = tl.load(spans + num_spans + span)
     layer_start = tl.load(spans + 2 * num_spans + span)
-    step = tl.zeros((), tl.float64)
-    if HAS_STEPS:
-        counter = tl.load(addresses + 4 * num_spans + tl.load(spans + 3 * num_spans + span)).to(
-            tl.pointer_type(tl.float32)
-        )
-        step = tl.load(counter).to(tl.float64) + 1.0
     w = tl.load(addresses + span)
     g = tl.load(addresses + num_spans + span)
     state0 = tl.load(addresses + 2 * num_spans + span)
     state1 = tl.load(addresses + 3 * num_spans + span)
-    return row, start, numel, layer_start, step, w, g, state0, state1
+    return row, start, numel, layer_start, w, g, state0, state1
 
 
 @triton.jit
@@ -145,7 +168,7 @@ def first_chunk(
     momentum = tl.load(rule_options + MOMENTUM)
     beta1 = tl.load(rule_options + BETA1)
     beta2 = tl.load(rule_options + BETA2)
-    for offset in range(0, CHUNK, BLOCK):
+    for offset in range(0, CHUNK if IS_WIDE else tl.minimum(numel - start, CHUNK), BLOCK):
         index = start + offset + tl.arange(0, BLOCK)
         mask = index < numel
         w = loaded(weights, index, mask, T, IS_WIDE)
@@ -193,6 +216,98 @@ def first_chunk(
     return tl.sum(weight_sums, axis=0), tl.sum(direction_sums, axis=0), tl.sum(second_sums, axis=0)
 
 
+@triton.jit
+def decide(
+    row,
+    weight_sum,
+    direction_sum,
+    second_sum,
+    rows,
+    num_layers,
+    rule_options,
+    lr_pointer,
+    before,
+    decisions,  # [3, num_layers] fp64, written: trust ratio, weight decay in force, shrinkage; of LANS [4, num_layers]: the second ratio
+    moved,  # [num_layers] int8, written
+    stats,  # [5, num_layers] fp64, of LANS [8, num_layers], written where the layer moves: see LayerStats
+    ALGORITHM: tl.constexpr,
+    HAS_NORM_BOUNDS: tl.constexpr,
+    HAS_RATIO_BOUNDS: tl.constexpr,
+    LARC_CLIP: tl.constexpr,
+    DECAY_IN_RATIO: tl.constexpr,
+    DAMPS: tl.constexpr,
+    SKIPS_ZERO_NORMS: tl.constexpr,
+    T: tl.constexpr,
+):
+    """What the sums of squares over a whole layer say of it: its trust ratio, and whether it moves."""
+    lr = tl.load(lr_pointer)
+    decay = tl.load(rows + row)
+    shrinkage = 1.0 - lr * tl.load(rows + 2 * num_layers + row)
+    weight_norm = tl.sqrt(weight_sum) * tl.abs(shrinkage)
+    direction_norm = tl.sqrt(direction_sum)
+    is_adapted = tl.load(rows + 3 * num_layers + row) > 0
+    is_defined = (weight_norm > 0) & (direction_norm > 0)
+    numerator = weight_norm
+    denominator = direction_norm
+    if HAS_NORM_BOUNDS:
+        high = tl.load(rule_options + NORM_HIGH)
+        numerator = tl.minimum(tl.maximum(numerator, tl.load(rule_options + NORM_LOW)), high)
+    if ALGORITHM == LARS2017_:
+        coefficient = tl.load(rule_options + TRUST_COEFFICIENT)
+        if DAMPS:
+            coefficient = coefficient * (1.0 - tl.load(rule_options + MOMENTUM))
+        numerator = coefficient * numerator
+        if DECAY_IN_RATIO:
+            denominator = denominator + decay * weight_norm
+        denominator = denominator + tl.load(rule_options + EPS)
+    if ALGORITHM == LARS2019_:
+        denominator = denominator + tl.load(rule_options + EPS)
+    ratio = numerator / tl.where(is_defined, denominator, 1.0)
+    if HAS_RATIO_BOUNDS:
+        ratio = tl.minimum(tl.maximum(ratio, tl.load(rule_options + RATIO_LOW)), tl.load(rule_options + RATIO_HIGH))
+    ratio = tl.where(is_defined, ratio, 1.0)
+    if LARC_CLIP:
+        ratio = tl.where(ratio < lr, ratio / lr, 1.0)
+    if SKIPS_ZERO_NORMS:
+        if LARC_CLIP:
+            ratio = tl.where(is_defined, ratio, 1.0)
+        decay = tl.where(is_defined, decay, 0.0)
+    rounded_ratio = tl.where(is_adapted, ratio, 1.0).to(T)
+    ratio = rounded_ratio.to(tl.float64)
+    does_move = is_finite(weight_sum) & is_finite(direction_sum)
+    if ALGORITHM == LANS_:
+        second_norm = tl.sqrt(second_sum)
+        is_second_defined = (weight_norm > 0) & (second_norm > 0)
+        second_ratio = numerator / tl.where(is_second_defined, second_norm, 1.0)
+        if HAS_RATIO_BOUNDS:
+            low = tl.load(rule_options + RATIO_LOW)
+            second_ratio = tl.minimum(tl.maximum(second_ratio, low), tl.load(rule_options + RATIO_HIGH))
+        second_ratio = tl.where(is_adapted & is_second_defined, second_ratio, 1.0).to(T).to(tl.float64)
+        tl.store(decisions + 3 * num_layers + row, second_ratio)
+        does_move = does_move & is_finite(second_sum)
+    tl.store(decisions + row, ratio)
+    tl.store(decisions + num_layers + row, decay)
+    tl.store(decisions + 2 * num_layers + row, shrinkage)
+    tl.store(moved + row, does_move.to(tl.int8))
+    # a layer that has never moved has NaN there, and shows what was found
+    earlier = tl.load(stats + row)
+    is_shown = does_move | (earlier != earlier)
+    local_lr = (lr.to(T) * rounded_ratio).to(tl.float64)
+    tl.store(stats + row, weight_norm, mask=is_shown)
+    tl.store(stats + num_layers + row, direction_norm, mask=is_shown)
+    if ALGORITHM == LANS_:
+        tl.store(stats + 2 * num_layers + row, second_norm, mask=is_shown)
+        tl.store(stats + 3 * num_layers + row, ratio, mask=is_shown)
+        tl.store(stats + 4 * num_layers + row, second_ratio, mask=is_shown)
+        tl.store(stats + 5 * num_layers + row, local_lr, mask=is_shown)
+        tl.store(stats + 6 * num_layers + row, decay, mask=is_shown)
+        tl.store(stats + 7 * num_layers + row, tl.load(before + num_layers + row), mask=is_shown)
+    else:
+        tl.store(stats + 2 * num_layers + row, ratio, mask=is_shown)
+        tl.store(stats + 3 * num_layers + row, local_lr, mask=is_shown)
+        tl.store(stats + 4 * num_layers + row, decay, mask=is_shown)
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def first_kernel(
     chunks,  # this and the next four: see looked_up
@@ -200,15 +315,29 @@ def first_kernel(
     spans,
     num_spans,
     addresses,
-    rows,  # [2, num_layers] fp64: coupled weight decay, seed of the rounding
+    row_chunks,  # [2, num_layers] int64: first chunk, end
+    rows,  # [4, num_layers] fp64: coupled weight decay, seed of the rounding, decoupled weight decay, whether adapted
     num_layers,
     rule_options,
     grad_scale,  # 0-dim fp64
-    before,  # of LANS, see norm_kernel
+    lr_pointer,  # 0-dim fp64
+    before,  # of LANS, see square_kernel
+    arrivals,  # [num_layers + 1] int32, zeros
     sums,  # [2, num_chunks] fp64, of LANS [3, num_chunks], written
+    step_numbers,  # [num_layers] fp64, written
+    decisions,  # see decide; or, unless DECIDES, [num_layers, 2] fp64, of LANS [num_layers, 3], written: the sums
+    moved,  # this and the next: see decide
+    stats,
+    DECIDES: tl.constexpr,
     ALGORITHM: tl.constexpr,
     CORRECTS: tl.constexpr,
     DECAY_BEFORE_NORM: tl.constexpr,
+    HAS_NORM_BOUNDS: tl.constexpr,
+    HAS_RATIO_BOUNDS: tl.constexpr,
+    LARC_CLIP: tl.constexpr,
+    DECAY_IN_RATIO: tl.constexpr,
+    DAMPS: tl.constexpr,
+    SKIPS_ZERO_NORMS: tl.constexpr,
     T: tl.constexpr,
     W: tl.constexpr,
     G: tl.constexpr,
@@ -216,11 +345,17 @@ def first_kernel(
     HAS_STEPS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
 ):
     chunk = tl.program_id(0).to(tl.int64)
-    row, start, numel, layer_start, step, w, g, state0, state1 = looked_up(
-        chunk, chunks, num_chunks, spans, num_spans, addresses, HAS_STEPS, CHUNK
+    row, start, numel, layer_start, w, g, state0, state1 = looked_up(
+        chunk, chunks, num_chunks, spans, num_spans, addresses, CHUNK
     )
+    step = tl.zeros((), tl.float64)
+    if HAS_STEPS:
+        tensor = tl.load(spans + 3 * num_spans + tl.load(chunks + chunk))
+        counter = tl.load(addresses + 4 * num_spans + tensor).to(tl.pointer_type(tl.float32))
+        step = tl.load(counter).to(tl.float64) + 1.0
     scale = tl.load(grad_scale).to(T)
     decay = tl.load(rows + row).to(T)
     seed = tl.load(rows + num_layers + row).to(tl.int64)
@@ -241,149 +376,28 @@ def first_kernel(
     tl.store(sums + num_chunks + chunk, direction_sum)
     if ALGORITHM == LANS_:
         tl.store(sums + 2 * num_chunks + chunk, second_sum)
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def layer_kernel(
-    sums,  # [2, num_chunks] fp64
-    num_chunks,
-    row_chunks,  # [2, num_layers] int64: first chunk, end
-    rows,  # [4, num_layers] fp64: coupled weight decay, seed, decoupled weight decay, whether adapted
-    num_layers,
-    rule_options,
-    lr_pointer,  # 0-dim fp64
-    before,  # of LANS, see norm_kernel
-    decisions,  # [3, num_layers] fp64, written: trust ratio, weight decay in force, shrinkage; or [num_layers, 2]: the sums;
-    # of LANS [4, num_layers]: the second ratio, too; or [num_layers, 3]
-    moved,  # [num_layers] int8, written
-    stats,  # [5, num_layers] fp64, of LANS [8, num_layers], written where the layer moves: see LayerStats
-    DECIDES: tl.constexpr,
-    ALGORITHM: tl.constexpr,
-    HAS_NORM_BOUNDS: tl.constexpr,
-    HAS_RATIO_BOUNDS: tl.constexpr,
-    LARC_CLIP: tl.constexpr,
-    DECAY_IN_RATIO: tl.constexpr,
-    DAMPS: tl.constexpr,
-    SKIPS_ZERO_NORMS: tl.constexpr,
-    T: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
     first = tl.load(row_chunks + row)
     end = tl.load(row_chunks + num_layers + row)
-    weight_sums = tl.zeros((BLOCK,), tl.float64)
-    direction_sums = tl.zeros((BLOCK,), tl.float64)
-    second_sums = tl.zeros((BLOCK,), tl.float64)
-    for start in range(first, end, BLOCK):
-        index = start + tl.arange(0, BLOCK)
-        mask = index < end
-        weight_sums += tl.load(sums + index, mask=mask, other=0.0)
-        direction_sums += tl.load(sums + num_chunks + index, mask=mask, other=0.0)
+    if arrives_last(arrivals + row, end - first):
+        weight_sum = added_up(sums, first, end, ROW_BLOCK)
+        direction_sum = added_up(sums + num_chunks, first, end, ROW_BLOCK)
+        second_sum = direction_sum
         if ALGORITHM == LANS_:
-            second_sums += tl.load(sums + 2 * num_chunks + index, mask=mask, other=0.0)
-    weight_sum = tl.sum(weight_sums, axis=0)
-    direction_sum = tl.sum(direction_sums, axis=0)
-    second_sum = tl.sum(second_sums, axis=0)
-    if DECIDES:
-        lr = tl.load(lr_pointer)
-        decay = tl.load(rows + row)
-        shrinkage = 1.0 - lr * tl.load(rows + 2 * num_layers + row)
-        weight_norm = tl.sqrt(weight_sum) * tl.abs(shrinkage)
-        direction_norm = tl.sqrt(direction_sum)
-        is_adapted = tl.load(rows + 3 * num_layers + row) > 0
-        is_defined = (weight_norm > 0) & (direction_norm > 0)
-        numerator = weight_norm
-        denominator = direction_norm
-        if HAS_NORM_BOUNDS:
-            high = tl.load(rule_options + NORM_HIGH)
-            numerator = tl.minimum(tl.maximum(numerator, tl.load(rule_options + NORM_LOW)), high)
-        if ALGORITHM == LARS2017_:
-            coefficient = tl.load(rule_options + TRUST_COEFFICIENT)
-            if DAMPS:
-                coefficient = coefficient * (1.0 - tl.load(rule_options + MOMENTUM))
-            numerator = coefficient * numerator
-            if DECAY_IN_RATIO:
-                denominator = denominator + decay * weight_norm
-            denominator = denominator + tl.load(rule_options + EPS)
-        if ALGORITHM == LARS2019_:
-            denominator = denominator + tl.load(rule_options + EPS)
-        ratio = numerator / tl.where(is_defined, denominator, 1.0)
-        if HAS_RATIO_BOUNDS:
-            ratio = tl.minimum(tl.maximum(ratio, tl.load(rule_options + RATIO_LOW)), tl.load(rule_options + RATIO_HIGH))
-        ratio = tl.where(is_defined, ratio, 1.0)
-        if LARC_CLIP:
-            ratio = tl.where(ratio < lr, ratio / lr, 1.0)
-        if SKIPS_ZERO_NORMS:
-            if LARC_CLIP:
-                ratio = tl.where(is_defined, ratio, 1.0)
-            decay = tl.where(is_defined, decay, 0.0)
-        rounded_ratio = tl.where(is_adapted, ratio, 1.0).to(T)
-        ratio = rounded_ratio.to(tl.float64)
-        does_move = is_finite(weight_sum) & is_finite(direction_sum)
-        if ALGORITHM == LANS_:
-            second_norm = tl.sqrt(second_sum)
-            is_second_defined = (weight_norm > 0) & (second_norm > 0)
-            second_ratio = numerator / tl.where(is_second_defined, second_norm, 1.0)
-            if HAS_RATIO_BOUNDS:
-                low = tl.load(rule_options + RATIO_LOW)
-                second_ratio = tl.minimum(tl.maximum(second_ratio, low), tl.load(rule_options + RATIO_HIGH))
-            second_ratio = tl.where(is_adapted & is_second_defined, second_ratio, 1.0).to(T).to(tl.float64)
-            tl.store(decisions + 3 * num_layers + row, second_ratio)
-            does_move = does_move & is_finite(second_sum)
-        tl.store(decisions + row, ratio)
-        tl.store(decisions + num_layers + row, decay)
-        tl.store(decisions + 2 * num_layers + row, shrinkage)
-        tl.store(moved + row, does_move.to(tl.int8))
-        # a layer that has never moved has NaN there, and shows what was found
-        earlier = tl.load(stats + row)
-        is_shown = does_move | (earlier != earlier)
-        local_lr = (lr.to(T) * rounded_ratio).to(tl.float64)
-        tl.store(stats + row, weight_norm, mask=is_shown)
-        tl.store(stats + num_layers + row, direction_norm, mask=is_shown)
-        if ALGORITHM == LANS_:
-            tl.store(stats + 2 * num_layers + row, second_norm, mask=is_shown)
-            tl.store(stats + 3 * num_layers + row, ratio, mask=is_shown)
-            tl.store(stats + 4 * num_layers + row, second_ratio, mask=is_shown)
-            tl.store(stats + 5 * num_layers + row, local_lr, mask=is_shown)
-            tl.store(stats + 6 * num_layers + row, decay, mask=is_shown)
-            tl.store(stats + 7 * num_layers + row, tl.load(before + num_layers + row), mask=is_shown)
+            second_sum = added_up(sums + 2 * num_chunks, first, end, ROW_BLOCK)
+        tl.store(step_numbers + row, step)
+        if DECIDES:
+            decide(
+                row, weight_sum, direction_sum, second_sum,
+                rows, num_layers, rule_options, lr_pointer, before, decisions, moved, stats,
+                ALGORITHM, HAS_NORM_BOUNDS, HAS_RATIO_BOUNDS, LARC_CLIP, DECAY_IN_RATIO, DAMPS, SKIPS_ZERO_NORMS, T,
+            )  # fmt: skip
+        elif ALGORITHM == LANS_:
+            tl.store(decisions + 3 * row, weight_sum)
+            tl.store(decisions + 3 * row + 1, direction_sum)
+            tl.store(decisions + 3 * row + 2, second_sum)
         else:
-            tl.store(stats + 2 * num_layers + row, ratio, mask=is_shown)
-            tl.store(stats + 3 * num_layers + row, local_lr, mask=is_shown)
-            tl.store(stats + 4 * num_layers + row, decay, mask=is_shown)
-    elif ALGORITHM == LANS_:
-        tl.store(decisions + 3 * row, weight_sum)
-        tl.store(decisions + 3 * row + 1, direction_sum)
-        tl.store(decisions + 3 * row + 2, second_sum)
-    else:
-        tl.store(decisions + 2 * row, weight_sum)
-        tl.store(decisions + 2 * row + 1, direction_sum)
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def norm_kernel(
-    sums,  # [num_chunks] fp64: of the squares of the gradients
-    num_chunks,
-    row_chunks,  # [2, num_layers] int64: first chunk, end
-    num_layers,
-    before,  # [3, num_layers] fp64, written: what a layer's gradient is divided by, NaN where it is not finite; its norm; the sum
-    T: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    first = tl.load(row_chunks + row)
-    end = tl.load(row_chunks + num_layers + row)
-    parts = tl.zeros((BLOCK,), tl.float64)
-    for start in range(first, end, BLOCK):
-        index = start + tl.arange(0, BLOCK)
-        parts += tl.load(sums + index, mask=index < end, other=0.0)
-    total = tl.sum(parts, axis=0)
-    norm = tl.sqrt(total)
-    divisor = norm.to(T).to(tl.float64)
-    divisor = tl.where(divisor > 0, divisor, 1.0)
-    tl.store(before + row, tl.where(is_finite(total), divisor, float("nan")))
-    tl.store(before + num_layers + row, norm)
-    tl.store(before + 2 * num_layers + row, total)
+            tl.store(decisions + 2 * row, weight_sum)
+            tl.store(decisions + 2 * row + 1, direction_sum)
 
 
 @triton.jit
@@ -436,7 +450,7 @@ def second_chunk(
     beta1 = tl.load(rule_options + BETA1)
     from_momentum = lr.to(T) * (beta1.to(T) * ratio)
     from_gradient = lr.to(T) * ((1.0 - beta1).to(T) * second_ratio)
-    for offset in range(0, CHUNK, BLOCK):
+    for offset in range(0, CHUNK if IS_WIDE else tl.minimum(numel - start, CHUNK), BLOCK):
         index = start + offset + tl.arange(0, BLOCK)
         mask = index < numel
         old_w = loaded(weights, index, mask, T, IS_WIDE)
@@ -471,9 +485,42 @@ def second_chunk(
         stored(weights, index, mask, tl.where(is_good, new_w, old_w).to(W), IS_WIDE)
 
 
+@triton.jit
+def count(
+    calls,
+    num_calls,
+    num_skipped,
+    num_skipped_layers,
+    BLOCK: tl.constexpr,
+):
+    """Counts a step of several calls in the state of their tensors unless no layer has moved, and what was left alone."""
+    num_moved = tl.zeros((BLOCK,), tl.int64)
+    num_layers = tl.zeros((), tl.int64)
+    for call in range(num_calls):
+        moved = tl.load(calls + call).to(tl.pointer_type(tl.int8))
+        num_rows = tl.load(calls + num_calls + call)
+        for start in range(0, num_rows, BLOCK):
+            index = start + tl.arange(0, BLOCK)
+            num_moved += tl.load(moved + index, mask=index < num_rows, other=0).to(tl.int64)
+        num_layers += num_rows
+    num_all_moved = tl.sum(num_moved, axis=0)
+    tl.store(num_skipped_layers, tl.load(num_skipped_layers) + num_layers - num_all_moved)
+    if num_all_moved == 0:
+        tl.store(num_skipped, tl.load(num_skipped) + 1)
+    else:
+        for call in range(num_calls):
+            counters = tl.load(calls + 3 * num_calls + call).to(tl.pointer_type(tl.int64))
+            num_steps = tl.load(calls + 4 * num_calls + call)
+            for start in range(0, num_steps, BLOCK):
+                index = start + tl.arange(0, BLOCK)
+                counter = tl.load(counters + index, mask=index < num_steps, other=0).to(tl.pointer_type(tl.float32))
+                taken = tl.load(counter, mask=index < num_steps, other=0.0)
+                tl.store(counter, taken + 1.0, mask=index < num_steps)
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def second_kernel(
-    chunks,
+    chunks,  # this and the next four: see looked_up
     num_chunks,
     spans,
     num_spans,
@@ -483,9 +530,15 @@ def second_kernel(
     rule_options,
     grad_scale,
     lr_pointer,  # 0-dim fp64
-    before,  # of LANS, see norm_kernel
-    decisions,  # [3, num_layers] fp64: trust ratio, weight decay in force, shrinkage; of LANS [4, num_layers]: the second ratio
+    before,  # of LANS, see square_kernel
+    step_numbers,  # [num_layers] fp64
+    decisions,  # see decide
     moved,  # [num_layers] int8
+    calls,  # [5, num_calls] int64: addresses of moved, num_layers, of the gradients' sums, of the step counts' addresses; num_steps
+    num_calls,
+    num_skipped,  # 0-dim int64 each, written if COUNTS: steps, layers
+    num_skipped_layers,
+    COUNTS: tl.constexpr,
     ALGORITHM: tl.constexpr,
     CORRECTS: tl.constexpr,
     IS_NESTEROV: tl.constexpr,
@@ -497,14 +550,22 @@ def second_kernel(
     HAS_STEPS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
 ):
     # from the last chunk to the first, because the last are still in the cache
     chunk = num_chunks - 1 - tl.program_id(0).to(tl.int64)
-    row, start, numel, layer_start, step, w, g, state0, state1 = looked_up(
-        chunk, chunks, num_chunks, spans, num_spans, addresses, HAS_STEPS, CHUNK
+    if chunk < 0:  # one program more, in the last call's launch
+        if COUNTS:
+            count(calls, num_calls, num_skipped, num_skipped_layers, ROW_BLOCK)
+        return
+    row, start, numel, layer_start, w, g, state0, state1 = looked_up(
+        chunk, chunks, num_chunks, spans, num_spans, addresses, CHUNK
     )
     if tl.load(moved + row) == 0:
         return
+    step = tl.zeros((), tl.float64)
+    if HAS_STEPS:
+        step = tl.load(step_numbers + row)
     scale = tl.load(grad_scale).to(T)
     seed = tl.load(rows + num_layers + row).to(tl.int64)
     lr = tl.load(lr_pointer)
@@ -544,11 +605,31 @@ def square_chunk(
 ):
     values = pointer(address, D, IS_WIDE)
     total = tl.zeros((BLOCK,), tl.float64)
-    for offset in range(0, CHUNK, BLOCK):
+    for offset in range(0, CHUNK if IS_WIDE else tl.minimum(numel - start, CHUNK), BLOCK):
         index = start + offset + tl.arange(0, BLOCK)
         x = (loaded(values, index, index < numel, T, IS_WIDE) * scale).to(tl.float64)
         total += x * x
     return tl.sum(total, axis=0)
+
+
+@triton.jit
+def clip(
+    calls,
+    num_calls,
+    factor,
+    max_norm,
+    clipped,
+    BLOCK: tl.constexpr,
+):
+    """What gradients are to be multiplied by so that their norm, over all calls, is at most ``max_norm``."""
+    total = tl.zeros((), tl.float64)
+    for call in range(num_calls):
+        squares = tl.load(calls + 2 * num_calls + call).to(tl.pointer_type(tl.float64))
+        total += added_up(squares, 0, tl.load(calls + num_calls + call), BLOCK)
+    scale = tl.load(factor)
+    bound = tl.load(max_norm)
+    norm = tl.sqrt(total) * scale
+    tl.store(clipped, bound / tl.where(norm < bound, bound, norm) * scale)  # NaN stays NaN
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -558,17 +639,29 @@ def square_kernel(
     spans,
     num_spans,
     addresses,
+    row_chunks,  # [2, num_layers] int64: first chunk, end
+    num_layers,
     grad_scale,  # 0-dim fp64
+    arrivals,  # [num_layers + 1] int32, zeros
     sums,  # [num_chunks] fp64, written: of the squares of the gradients times the scale, rounded to T before they are squared
+    before,  # [3, num_layers] fp64, written: what a layer's gradient is divided by, NaN where it is not finite; its norm; the sum
+    calls,  # see second_kernel
+    num_calls,
+    factor,  # this and the next: 0-dim fp64
+    max_norm,
+    clipped,  # 0-dim fp64, written if CLIPS
+    CLIPS: tl.constexpr,
     T: tl.constexpr,
     G: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
 ):
     chunk = tl.program_id(0).to(tl.int64)
     span = tl.load(chunks + chunk)
     start = tl.multiple_of(tl.load(chunks + num_chunks + chunk), CHUNK)
     numel = tl.load(spans + span)
+    row = tl.load(spans + num_spans + span)
     address = tl.load(addresses + num_spans + span)
     scale = tl.load(grad_scale).to(T)
     if is_wide(start, numel, address, address, address, address, CHUNK):
@@ -576,6 +669,19 @@ def square_kernel(
     else:
         total = square_chunk(address, start, numel, scale, T, G, False, CHUNK, BLOCK)
     tl.store(sums + chunk, total)
+    first = tl.load(row_chunks + row)
+    end = tl.load(row_chunks + num_layers + row)
+    if arrives_last(arrivals + row, end - first):
+        total = added_up(sums, first, end, ROW_BLOCK)
+        norm = tl.sqrt(total)
+        divisor = norm.to(T).to(tl.float64)
+        divisor = tl.where(divisor > 0, divisor, 1.0)
+        tl.store(before + row, tl.where(is_finite(total), divisor, float("nan")))
+        tl.store(before + num_layers + row, norm)
+        tl.store(before + 2 * num_layers + row, total)
+        if CLIPS:
+            if arrives_last(arrivals + num_layers, num_layers):
+                clip(calls, num_calls, factor, max_norm, clipped, ROW_BLOCK)
 
 
 @triton.jit

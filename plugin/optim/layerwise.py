@@ -106,6 +106,14 @@ def as_a_whole(step: Callable[..., Any]) -> Callable[..., Any]:
     return hooked
 
 
+def are_one_step(calls: list[Call]) -> bool:
+    """Whether one backend takes the step of all of them by itself, on one device."""
+    first = calls[0]
+    return first.kernels.takes_whole_steps and all(
+        call.kernels is first.kernels and call.segments.device == first.segments.device for call in calls
+    )
+
+
 class LayerwiseOptimizer(torch.optim.Optimizer):
     """Base of LARS, LAMB, N-LAMB and NN-LAMB. Subclasses name a rule and its options; they do not override step().
 
@@ -267,19 +275,40 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         if found_inf is not None and found_inf.device.type == "cpu" and found_inf and are_local:
             self._count_skipped_step(found_inf)
             return
-        grad_scale = self._grad_scale(calls, found_inf, are_local)
+        self._check_can_clip(calls)
+        factor = self._factor(found_inf, are_local)
+        if are_local and are_one_step(calls):
+            self._keep_figures(calls, self._whole_step(calls, factor))
+            return
+        grad_scale = self._clipped(calls, factor)
         if are_local and all(call.kernels.is_fused for call in calls):
             figures = [call.step_(grad_scale) for call in calls]
         else:
             self._prepare(calls, grad_scale)
             sums = sums_over_ranks(calls, [call.sums(grad_scale) for call in calls])
             figures = [call.advance_(s, grad_scale=grad_scale) for call, s in zip(calls, sums, strict=True)]
+        self._keep_figures(calls, figures)
+        self._count_step(calls, figures)
+
+    def _whole_step(self, calls: list[Call], factor: Tensor | None) -> list[LayerFigures]:
+        """By a backend that clips and counts on the device itself."""
+        home = calls[0].segments.device
+        self._num_skipped = on_first_use(self._num_skipped, home)
+        self._num_skipped_layers = on_first_use(self._num_skipped_layers, home)
+        return calls[0].kernels.whole_step_(
+            [call.segments for call in calls],
+            grad_scale=factor,
+            max_grad_norm=self.max_grad_norm,
+            num_skipped=self._num_skipped,
+            num_skipped_layers=self._num_skipped_layers,
+        )
+
+    def _keep_figures(self, calls: list[Call], figures: list[LayerFigures]) -> None:
         for call, call_figures in zip(calls, figures, strict=True):
             call.keep(call_figures)
             # the latest goes to the end, so that a layer's older figures under another sorting are overruled
             self._stats.pop(call.names, None)
             self._stats[call.names] = LayerStats(call.names, call.segments.stats, call.segments.rule.figures())
-        self._count_step(calls, figures)
 
     def _prepare(self, calls: list[Call], grad_scale: Tensor | None) -> None:
         """Finds what some rules have to know of whole layers before their state is renewed."""
@@ -371,8 +400,8 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
             call.segments.stats = earlier.figures.to(call.segments.device) if is_alike else None
         return list(calls.values())
 
-    def _grad_scale(self, calls: list[Call], found_inf: Tensor | None, are_local: bool) -> Tensor | None:
-        """0-dim fp64 factor of all gradients: out of the loss scale, and down to max_grad_norm (NVLAMB's pre-clip).
+    def _factor(self, found_inf: Tensor | None, are_local: bool) -> Tensor | None:
+        """0-dim fp64 factor that takes all gradients out of the loss scale; None for 1.
 
         NaN where a GradScaler has found an overflow on the device, so that no layer moves and nobody has to wait, or on
         one of several ranks that share layers, so that none of them moves.
@@ -381,14 +410,20 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         factor = None if scale is None else scale.double().reciprocal()
         if found_inf is not None and (found_inf.device.type != "cpu" or not are_local):
             factor = torch.where(found_inf > 0, torch.nan, 1.0 if factor is None else factor).double()
-        if self.max_grad_norm is None:
-            return factor
-        if any(any(call.process_groups) for call in calls):
+        return factor
+
+    def _check_can_clip(self, calls: list[Call]) -> None:
+        if self.max_grad_norm is not None and any(any(call.process_groups) for call in calls):
             raise RuntimeError(
                 f"max_grad_norm={self.max_grad_norm} needs the norm of all gradients, and here they come in parts; set "
                 'max_grad_norm to null (None) and DeepSpeed\'s "gradient_clipping" to the value, or, with FSDP, call '
                 "torch.nn.utils.clip_grad_norm_ before step()"
             )
+
+    def _clipped(self, calls: list[Call], factor: Tensor | None) -> Tensor | None:
+        """0-dim fp64: the factor of all gradients, made smaller so that their norm is at most max_grad_norm (NVLAMB's pre-clip)."""
+        if self.max_grad_norm is None:
+            return factor
         home = calls[0].segments.device
         norm = torch.stack([c.kernels.grad_square_sum(c.segments).to(home) for c in calls]).sum().sqrt()
         norm = norm if factor is None else norm * factor.to(home)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, repeat
 from operator import attrgetter, is_
 from typing import Any
 
@@ -105,7 +105,7 @@ class GroupPlan:
             # most often one call has all the tensors
             takes_all = len(call.positions) == len(grads)
             call.segments.grads = grads if takes_all else [grads[i] for i in call.positions]
-            if any(grad is None for grad in call.segments.grads) or not call.kernels.is_current(call.segments):
+            if any(map(is_, call.segments.grads, repeat(None))) or not call.kernels.is_current(call.segments):
                 return False
         return True
 

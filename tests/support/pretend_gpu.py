@@ -252,7 +252,7 @@ def backward(loss: Tensor) -> None:
 
 
 def address(tensor: Tensor) -> int:
-    """In the place of FakeTensor.data_ptr: one address a storage, at a multiple of 256 bytes."""
+    """In the place of Tensor.data_ptr: one address a storage, at a multiple of 256 bytes."""
     return (tensor.untyped_storage()._cdata << 8) + tensor.storage_offset() * tensor.element_size()
 
 
@@ -300,6 +300,7 @@ def pretend_gpu(monkeypatch) -> Iterator[PretendGPU]:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: gpu.current_device)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: gpu.capture is not None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: gpu._wait("torch.cuda.synchronize"))
+    monkeypatch.setattr(Tensor, "data_ptr", address)
     monkeypatch.setattr(FakeTensor, "data_ptr", address, raising=False)
     monkeypatch.setattr(Tensor, "backward", backward)
     with FakeTensorMode(allow_non_fake_inputs=True), gpu:

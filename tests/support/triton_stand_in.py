@@ -17,6 +17,8 @@ class Launch(NamedTuple):
     grid: tuple[int, int, int]
     binary: Any
     """Triton's CompiledKernel metadata: the same object for the same binary."""
+    arguments: tuple[Any, ...]
+    """What its launcher is given for the kernel's own."""
 
 
 class StandInDriver:
@@ -41,8 +43,9 @@ class StandInDriver:
             def __init__(self, source: Any, metadata: Any):
                 self.name, self.metadata = source.fn.__name__, metadata
 
-            def __call__(self, x: int, y: int, z: int, *_: Any) -> None:
-                driver.launches.append(Launch(self.name, (x, y, z), self.metadata))
+            def __call__(self, x: int, y: int, z: int, *others: Any) -> None:
+                # stream, function, packed metadata, launch metadata and two hooks come first
+                driver.launches.append(Launch(self.name, (x, y, z), self.metadata, others[6:]))
 
         self.launcher_cls = Launcher
 
