@@ -20,8 +20,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from largebatch.engine.initialization import init_distributed, prepare_deepspeed
-from largebatch.launch.ports import free_port
-from largebatch.launch.reporting import Reporter
+from largebatch.launch.supervise.launcher import free_port
+from largebatch.launch.trainer.reporting import Reporter
 from largebatch.models.registry import build_model
 from largebatch.optim.calls import Call
 

@@ -21,13 +21,13 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from largebatch.launch import train
-from largebatch.launch.arguments import parse_arguments
-from largebatch.launch.checkpoints.retention import Retention
-from largebatch.launch.checkpoints.saving import save
-from largebatch.launch.checkpoints.storage import broadcast
-from largebatch.launch.step_reports import Speed
-from largebatch.launch.training_loop import TrainingLoop
+from largebatch.launch.recipe.reading import parse_arguments
+from largebatch.launch.trainer import main as train
+from largebatch.launch.trainer.loop import TrainingLoop
+from largebatch.launch.trainer.saving.retention import Retention
+from largebatch.launch.trainer.saving.storage import broadcast
+from largebatch.launch.trainer.saving.writing_whole import save
+from largebatch.launch.trainer.step_reports import Speed
 
 WAYS = ("none", "foreground", "background")
 

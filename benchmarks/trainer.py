@@ -23,12 +23,12 @@ import torch
 import torch.nn.functional as F
 from harness import interleaved
 
-from largebatch.launch import train
-from largebatch.launch.arguments import parse_arguments
-from largebatch.launch.inputs.data_set import Images
-from largebatch.launch.ports import free_port
-from largebatch.launch.step_reports import Speed
-from largebatch.launch.training_loop import TrainingLoop
+from largebatch.launch.data.data_set import Images
+from largebatch.launch.recipe.reading import parse_arguments
+from largebatch.launch.supervise.launcher import free_port
+from largebatch.launch.trainer import main as train
+from largebatch.launch.trainer.loop import TrainingLoop
+from largebatch.launch.trainer.step_reports import Speed
 
 
 def recipe(arguments: argparse.Namespace) -> dict:

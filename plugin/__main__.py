@@ -21,22 +21,22 @@ Registers the JSON types LARS, LAMB, NLAMB, NNLAMB, LANS with DeepSpeed and runs
 """
 
 COMMANDS = {
-    "doctor": ("largebatch.launch.doctor_command", "checks this machine, or all nodes of a hostfile, before a run"),
-    "recipes": ("largebatch.launch.recipes_command", "lists, filters and prints the recipes in ds_configs"),
+    "doctor": ("largebatch.launch.commands.doctor", "checks this machine, or all nodes of a hostfile, before a run"),
+    "recipes": ("largebatch.launch.commands.recipes", "lists, filters and prints the recipes in ds_configs"),
     "plan": (
-        "largebatch.launch.plan_command",
+        "largebatch.launch.commands.plan",
         "micro-batch, memory, communication and time of a large batch; writes a ds_config",
     ),
     "run": (
-        "largebatch.launch.run_command",
+        "largebatch.launch.commands.run",
         "starts deepspeed, and again from the newest checkpoint whenever the run dies",
     ),
     "convert": (
-        "largebatch.launch.convert_command",
+        "largebatch.launch.commands.convert",
         "a checkpoint as plain PyTorch or back; optimizer state of other packages",
     ),
     "study": (
-        "largebatch.launch.study_command",
+        "largebatch.launch.commands.study",
         "trains a grid of optimizers, batches and seeds; writes table and plots",
     ),
 }

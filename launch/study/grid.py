@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from largebatch.config import nearest_hint
-from largebatch.launch.arguments import read_recipe
+from largebatch.launch.recipe.reading import read_recipe
 
 LINEAR_RULE = ("sgd",)
 WARMUP_GROWS_WITH_BATCH = ("lamb", "nlamb", "nnlamb")

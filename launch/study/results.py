@@ -11,7 +11,7 @@ import statistics
 from dataclasses import astuple, dataclass, fields
 from typing import Any
 
-from largebatch.launch.recipe_section import SECTION_DEFAULTS
+from largebatch.launch.recipe.section import SECTION_DEFAULTS
 from largebatch.launch.study.grid import GridRun
 
 NOT_A_SETTING = (

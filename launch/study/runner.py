@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from largebatch.launch.ports import launcher_options
-from largebatch.launch.recipe_section import SECTION_DEFAULTS, stage_recipes
-from largebatch.launch.run_plan import stretch_lengths
+from largebatch.launch.recipe.resolved_run import stretch_lengths
+from largebatch.launch.recipe.section import SECTION_DEFAULTS, stage_recipes
 from largebatch.launch.study.results import events_of, trained_with
+from largebatch.launch.supervise.launcher import launcher_options
 
 TRAIN_SCRIPT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "train.py")
 SECONDS_TO_SAVE = 120

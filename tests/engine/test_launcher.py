@@ -225,7 +225,7 @@ def test_module_errors():
 
 
 def test_results_table(accumulated, tmp_path):
-    from largebatch.launch.results_table import main, read_run, table
+    from largebatch.launch.study.results_table import main, read_run, table
 
     run = read_run(str(accumulated[0]))
     assert run is not None and run.num_steps == 8

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from largebatch.launch import plan_command, plan_recipe
-from largebatch.launch.recipe_files import load_recipes
-from largebatch.launch.run_plan import make_plan
+from largebatch.launch.commands import plan as plan_command
+from largebatch.launch.recipe.reading import load_recipes
+from largebatch.launch.recipe.resolved_run import make_plan
+from largebatch.launch.sizing import scaled_recipe
 from largebatch.planning.activations import probe
 
 MLP = ("--recipe", "lenet_digits_lamb_480", "--gpus", "2", "--throughput", "1000")
@@ -75,8 +76,8 @@ def test_the_nearest_recipe_is_named(capsys):
 
 def test_lars_between_recipes_starts_from_the_papers():
     """At 3,000 the nearest recipe is MLPerf's, whose other settings don't go with the paper's table."""
-    assert plan_recipe.nearest_recipe("resnet50", "imagenet", "LARS", 3000)[0] == "resnet50_imagenet_lars_8k_maxaug"
-    assert plan_recipe.nearest_recipe("resnet50", "imagenet", "LARS", 4096)[0] == "resnet50_imagenet_lars_4k_nus"
+    assert scaled_recipe.nearest_recipe("resnet50", "imagenet", "LARS", 3000)[0] == "resnet50_imagenet_lars_8k_maxaug"
+    assert scaled_recipe.nearest_recipe("resnet50", "imagenet", "LARS", 4096)[0] == "resnet50_imagenet_lars_4k_nus"
 
 
 def test_little_memory_makes_a_smaller_micro_batch(capsys):

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch.distributed as dist
 
-from largebatch.launch import train
+from largebatch.launch.trainer import main as train
 from support import engine_runs, trainer_runs
 
 RECIPE = {

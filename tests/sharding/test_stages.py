@@ -9,10 +9,10 @@ import torch.nn.functional as F
 
 import largebatch
 from largebatch.engine.lr_schedulers import WarmupPolyLR
-from largebatch.launch.inputs.in_memory import load_digits
-from largebatch.launch.inputs.sample_order import SampleOrder
-from largebatch.launch.recipe_section import stage_recipes
-from largebatch.launch.run_plan import make_plan, make_stages
+from largebatch.launch.data.in_memory import load_digits
+from largebatch.launch.data.sample_order import SampleOrder
+from largebatch.launch.recipe.resolved_run import make_plan, make_stages
+from largebatch.launch.recipe.section import stage_recipes
 from largebatch.models.registry import build_model
 from support import trainer_runs
 

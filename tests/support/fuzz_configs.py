@@ -6,7 +6,7 @@ import math
 import string
 from dataclasses import dataclass, field
 
-from largebatch.launch.recipe_files import load_recipes
+from largebatch.launch.recipe.reading import load_recipes
 
 README_CONFIG = {
     "train_batch_size": 48,

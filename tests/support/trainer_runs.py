@@ -7,9 +7,10 @@ import os
 import torch
 import torch.distributed as dist
 
-from largebatch.launch import engines, train
-from largebatch.launch.arguments import parse_arguments
-from largebatch.launch.classification import Classification
+from largebatch.launch.recipe.reading import parse_arguments
+from largebatch.launch.trainer import engines
+from largebatch.launch.trainer import main as train
+from largebatch.launch.trainer.classification import Classification
 
 
 @contextlib.contextmanager

@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from largebatch.launch import doctor_command
+from largebatch.launch.commands import doctor as doctor_command
 from largebatch.launch.doctor import findings, lines, nodes, resources, software
 from largebatch.launch.doctor.findings import FAILS, WARNS, Requirements
 from largebatch.launch.doctor.gathering import gather
 from largebatch.launch.doctor.rank_check import node_report
-from largebatch.launch.ports import free_port
+from largebatch.launch.supervise.launcher import free_port
 
 GIB = 1 << 30
 NEEDS = Requirements(memory_per_rank=2 * GIB, disk=1 * GIB)

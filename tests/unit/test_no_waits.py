@@ -13,15 +13,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 
-from largebatch.launch import classification
-from largebatch.launch.engines import set_batch_norm_span
-from largebatch.launch.inputs.data_set import Images
-from largebatch.launch.inputs.in_memory import with_statistics
-from largebatch.launch.reporting import Reporter
-from largebatch.launch.run_plan import make_plan, make_stages
-from largebatch.launch.task import build_task
-from largebatch.launch.training_loop import TrainingLoop
-from largebatch.launch.transfers import Download, uploaded
+from largebatch.launch.data.data_set import Images
+from largebatch.launch.data.in_memory import with_statistics
+from largebatch.launch.data.transfers import Download, uploaded
+from largebatch.launch.recipe.resolved_run import make_plan, make_stages
+from largebatch.launch.trainer import classification
+from largebatch.launch.trainer.engines import set_batch_norm_span
+from largebatch.launch.trainer.loop import TrainingLoop
+from largebatch.launch.trainer.reporting import Reporter
+from largebatch.launch.trainer.task import build_task
 from largebatch.models.batch_norm import apply_batch_norm_span
 from largebatch.models.registry import build_model
 from support.pretend_gpu import WaitsForTheDeviceError, backward, pretend_gpu
@@ -137,7 +137,7 @@ class InThisThread(contextlib.AbstractContextManager):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    from largebatch.launch.inputs import augmentation, data_set
+    from largebatch.launch.data import augmentation, data_set
 
     def forget_device():
         for module in (augmentation, data_set):
@@ -162,7 +162,7 @@ def see_bert_as_on_a_gpu(monkeypatch):
     """transformers takes tensors without values for those of a compiler, and does not read them."""
     from transformers.utils import import_utils
 
-    from largebatch.launch import pretraining
+    from largebatch.launch.trainer import pretraining
 
     monkeypatch.setattr(import_utils, "is_fake_tensor", lambda _: False)
     monkeypatch.setattr(pretraining, "ThreadPoolExecutor", InThisThread)
@@ -296,7 +296,7 @@ def test_a_poll_looks_at_the_answer_of_the_one_before(gpu, folders, tmp_path, mo
         def values(self):
             return torch.tensor(float(self.number == 1))
 
-    from largebatch.launch import training_loop
+    from largebatch.launch.trainer import loop as training_loop
 
     monkeypatch.setattr(training_loop, "Download", Answer)
     monkeypatch.setattr(dist, "all_reduce", lambda tensor, **_: None)
@@ -322,8 +322,8 @@ def test_an_evaluation_waits_at_its_end_alone(name, folders, tmp_path, monkeypat
         gpu.waits.clear()
         num_forwards = []
         loop.engine.module.register_forward_hook(lambda *_: num_forwards.append(1))
-        monkeypatch.setattr("largebatch.launch.evaluation.EVALUATION_BATCH", 8)
-        monkeypatch.setattr("largebatch.launch.pretraining.EVALUATION_BATCH", 8)
+        monkeypatch.setattr("largebatch.launch.trainer.classification.EVALUATION_BATCH", 8)
+        monkeypatch.setattr("largebatch.launch.trainer.pretraining.EVALUATION_BATCH", 8)
         num_samples = len(loop.task.test if section["data"] == "text" else loop.task.loader.data.test)
         with gpu.no_waits(), pytest.raises(WaitsForTheDeviceError, match=r"reads values .*tolist\(\)"):
             loop._evaluate(1)

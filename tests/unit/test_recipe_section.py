@@ -4,9 +4,9 @@ import copy
 
 import pytest
 
-from largebatch.launch.inputs.options import filled_options
-from largebatch.launch.recipe_section import check_section
-from largebatch.launch.run_plan import make_plan
+from largebatch.launch.data.options import filled_options
+from largebatch.launch.recipe.resolved_run import make_plan
+from largebatch.launch.recipe.section import check_section
 
 RECIPE = {
     "largebatch": {"model": "resnet50", "data": "imagenet", "epochs": 90},

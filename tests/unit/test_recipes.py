@@ -14,11 +14,11 @@ from largebatch.ds_configs.tables.files import all_recipes, by_source, text_of
 from largebatch.ds_configs.tables.readme import with_rows
 from largebatch.engine.baselines import Adagrad
 from largebatch.engine.lr_schedulers import SCHEDULERS
-from largebatch.launch.arguments import apply_overrides, parse_arguments, read_recipe, set_entry
-from largebatch.launch.parameter_groups import parameter_groups
-from largebatch.launch.recipe_section import stage_recipes
-from largebatch.launch.recipes_command import NUM_SAMPLES
-from largebatch.launch.run_plan import make_plan
+from largebatch.launch.data.options import NUM_SAMPLES
+from largebatch.launch.recipe.reading import apply_overrides, parse_arguments, read_recipe, set_entry
+from largebatch.launch.recipe.resolved_run import make_plan
+from largebatch.launch.recipe.section import stage_recipes
+from largebatch.launch.trainer.engines import parameter_groups
 from largebatch.models.bert import build_bert
 from largebatch.models.registry import build_model
 from largebatch.optim.registry import OPTIMIZERS

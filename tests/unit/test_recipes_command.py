@@ -7,8 +7,7 @@ import sys
 import pytest
 
 from largebatch.__main__ import main
-from largebatch.launch.arguments import read_recipe
-from largebatch.launch.recipe_files import find_recipe, load_recipes, recipe_paths
+from largebatch.launch.recipe.reading import find_recipe, load_recipes, read_recipe, recipe_paths
 
 
 def run(capsys, *arguments):

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import largebatch.ds_configs
-from largebatch.launch import study_command
-from largebatch.launch.recipe_section import stage_recipes
-from largebatch.launch.run_plan import make_plan
+from largebatch.launch.commands import study as study_command
+from largebatch.launch.recipe.resolved_run import make_plan
+from largebatch.launch.recipe.section import stage_recipes
 from largebatch.launch.study import grid, plots, results, runner
 
 RECIPES = pathlib.Path(largebatch.ds_configs.__file__).parent

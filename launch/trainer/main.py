@@ -1,0 +1,307 @@
+"""Trains the model and data set of a recipe: deepspeed launch/train.py --deepspeed_config ds_configs/<recipe>.json"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from largebatch.engine.config_checks.files import read_json
+from largebatch.engine.initialization import init_distributed, set_timeout_of_all_groups
+from largebatch.kernels.dispatch import UnavailableKernelsError
+from largebatch.launch.data.image_folder import UnreadableImageError
+from largebatch.launch.recipe.reading import apply_overrides, parse_arguments, read_recipe
+from largebatch.launch.recipe.resolved_run import Stage, is_micro_batch_open, make_plan, make_stages
+from largebatch.launch.recipe.section import check_section, stage_recipes
+from largebatch.launch.supervise import exits, run_lock
+from largebatch.launch.supervise.exits import give_up, leave, refuse
+from largebatch.launch.supervise.launcher import be_the_only_rank, is_launched
+from largebatch.launch.supervise.signals import end_with_launcher
+from largebatch.launch.trainer.engines import build_engine, check_ds_config, find_micro_batch, set_up_deepspeed
+from largebatch.launch.trainer.loop import Outcome, TrainingLoop
+from largebatch.launch.trainer.reporting import Reporter, discard_after, mean_of_last_evaluations
+from largebatch.launch.trainer.saving import atomic, resuming, step_folders
+from largebatch.launch.trainer.saving.storage import broadcast, follow_storage
+from largebatch.launch.trainer.step_reports import speed_name
+from largebatch.launch.trainer.task import Task, build_task
+
+
+@dataclass
+class Run:
+    """What a request comes to, before anything is trained."""
+
+    folder: str
+    stages: list[Stage]
+    tasks: list[Task]
+    is_micro_batch_automatic: list[bool]
+    first_step: int
+    rank: int
+    world_size: int
+    timeout: datetime.timedelta
+
+    @property
+    def metrics(self) -> str:
+        return os.path.join(self.folder, "metrics.jsonl")
+
+    @property
+    def checkpoints(self) -> str:
+        return os.path.join(self.folder, "checkpoints")
+
+
+REQUEST_ERRORS = (ValueError, TypeError, OSError, AssertionError, RuntimeError)
+"""What is wrong with a request, up to the first step of a stage."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: see supervise/exits.py."""
+    arguments = parse_arguments(argv)
+    reporter = None
+    try:
+        end_with_launcher()
+        run = prepare(arguments)
+        lock = run_lock.hold(run.folder) if run.rank == 0 else None
+        if not run.first_step:
+            write_configs(run)
+    except KeyboardInterrupt:
+        return leave(130)
+    except REQUEST_ERRORS as error:
+        return refuse(error)
+    for stage in run.stages:
+        if run.first_step >= stage.end and stage is not run.stages[-1]:
+            continue
+        try:
+            loop, first_step = open_stage(run, stage, reporter)
+        except KeyboardInterrupt:  # from here on the training loop watches for it, and saves
+            return leave(130)
+        except REQUEST_ERRORS as error:
+            return refuse(error)
+        reporter = loop.reporter
+        try:
+            outcome = loop.run(first_step)
+        except UnreadableImageError as error:
+            return refuse(error, is_of_one_rank=True)
+        except UnavailableKernelsError as error:  # the first step chooses them, once it sees the tensors
+            reporter.close()
+            return refuse(error)
+        except atomic.CheckpointNotWrittenError as error:
+            reporter.close()
+            if run.rank == 0:
+                print(f"largebatch: error: {error}", file=sys.stderr, flush=True)
+            return leave(exits.NOT_SAVED)
+        except RuntimeError as error:
+            if not exits.is_lost_rank(error):
+                raise
+            return give_up(error, step=loop.last_reported_step, timeout=run.timeout)
+        if not outcome.is_complete:
+            break
+        if stage is not run.stages[-1]:
+            loop.engine.destroy()
+    finish(run, loop, outcome)
+    if lock is not None:
+        lock.close()
+    return leave(exits.DONE)
+
+
+def prepare(arguments) -> Run:
+    """Everything that can be wrong with the request is raised here, or while the first engine is built."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    recipe = apply_overrides(read_recipe(arguments.deepspeed_config), arguments)
+    section = check_section(recipe)
+    folder = arguments.output or default_output(arguments.deepspeed_config, section["seed"])
+    recipes = stage_recipes(recipe)
+    sections = [check_section(of_stage) for of_stage in recipes]
+    tasks = [build_task(of_stage, arguments.data) for of_stage in sections]
+    lengths = [task.num_samples for task in tasks]
+    drafts = [  # checked before anything is started
+        make_plan(of_stage, num_samples=num_samples, world_size=world_size, output=folder)
+        for of_stage, num_samples in zip(recipes, lengths, strict=True)
+    ]
+    check_run_folder(folder, arguments.resume)
+
+    if not is_launched():
+        be_the_only_rank()
+    set_up_deepspeed()
+    for draft in drafts:
+        check_ds_config(draft, world_size=world_size)
+    timeout = exits.timeout_of(section)
+    init_distributed(timeout=timeout)
+    checkpoints = os.path.join(folder, "checkpoints")
+    for line in {follow_storage(of_stage, checkpoints) for of_stage in recipes} - {""}:
+        if rank == 0:
+            print(f"largebatch: {line}", flush=True)
+    automatic = [is_micro_batch_open(of_stage) for of_stage in recipes]
+    plans = []
+    # nodes may not see the first one's folder
+    earlier_configs = [broadcast(earlier_config(folder, position)) for position in range(len(recipes))]
+    for position, (of_stage, task) in enumerate(zip(recipes, tasks, strict=True)):
+        if automatic[position]:
+            earlier = earlier_configs[position]
+            find_micro_batch(of_stage, task, earlier=earlier, world_size=world_size, output=folder)
+        plans.append(make_plan(of_stage, num_samples=task.num_samples, world_size=world_size, output=folder))
+    first_step = 0
+    if arguments.resume:
+        first_step = step_to_resume(checkpoints, rank, is_required=arguments.resume != "auto")
+    for earlier, plan in zip(earlier_configs, plans, strict=True):
+        if first_step:
+            resuming.check_same_data(earlier, plan.config)
+    return Run(folder, make_stages(plans), tasks, automatic, first_step, rank, world_size, timeout)
+
+
+def step_to_resume(folder: str, rank: int, *, is_required: bool) -> int:
+    """The newest whole checkpoint's; says which newer ones are passed over. 0 where there is none, if none is required."""
+    if not is_required and not resuming.has_any(folder):
+        return 0
+    step, damages = resuming.newest_whole(folder)
+    if damages and rank == 0:
+        print(
+            f"largebatch: warning: damaged checkpoints are passed over ({'; '.join(damages)}); continuing from step {step}"
+        )
+    return step
+
+
+def open_stage(run: Run, stage: Stage, reporter: Reporter | None) -> tuple[TrainingLoop, int]:
+    """Everything up to a stage's first step, which may be another than 0 if the run is resumed.
+
+    Args:
+        reporter: of the stage before, None for the first.
+    """
+    task = run.tasks[stage.number]
+    engine, batch_norm, monitor = build_engine(task, stage.plan, world_size=run.world_size)
+    set_timeout_of_all_groups(run.timeout)
+    first_step = 0
+    if run.first_step > stage.first_step:
+        resuming.load(engine, run.checkpoints, run.first_step, rank=run.rank)
+        first_step = run.first_step - stage.first_step
+    elif stage.number:
+        resuming.load_for_next_stage(engine, run.checkpoints, stage.first_step, rank=run.rank)
+    if reporter is None:
+        if run.first_step:  # what is there stays as it is until the checkpoint has been taken
+            write_configs(run)
+        if run.rank == 0 and os.path.exists(run.metrics):  # of the run that is continued
+            discard_after(run.metrics, run.first_step, is_last=run.first_step == run.stages[-1].end)
+        reporter = Reporter(
+            run.metrics,
+            monitor,
+            rank=run.rank,
+            num_samples=stage.total_samples,
+            samples_done=stage.first_sample + first_step * stage.plan.global_batch,
+            sample_name=task.sample_name,
+        )
+    reporter.follow(monitor)
+    announce(reporter, engine, run, stage, first_step, batch_norm)
+    loop = TrainingLoop(engine, stage, task, reporter, folder=run.checkpoints, rank=run.rank, world_size=run.world_size)
+    return loop, first_step
+
+
+def earlier_config(folder: str, position: int) -> dict[str, Any] | None:
+    """The filled-in config with which a run that is to be resumed has trained a stage."""
+    path = os.path.join(folder, config_name(position))
+    return read_json(path, f"the config {path!r} of the run") if os.path.lexists(path) else None
+
+
+def config_name(position: int) -> str:
+    return "ds_config.json" if position == 0 else f"ds_config_stage{position + 1}.json"
+
+
+def default_output(config_path: str, seed: int) -> str:
+    name = os.path.splitext(os.path.basename(config_path))[0]
+    return os.path.join("runs", f"{name}_seed{seed}")
+
+
+def check_run_folder(run_folder: str, resume: str | None) -> None:
+    metrics = os.path.join(run_folder, "metrics.jsonl")
+    has_results = os.path.lexists(metrics)
+    if has_results and not os.path.isfile(metrics):
+        raise ValueError(f"{metrics!r} is no file; take it away, or choose another --output")
+    if has_results and not resume:
+        raise ValueError(f"{run_folder!r} already holds a run; continue it with --resume, or choose another --output")
+    if resume == "required" and not os.path.isdir(run_folder):
+        raise ValueError(f"--resume: {run_folder!r} does not exist; name the run to continue with --output")
+
+
+def write_configs(run: Run) -> None:
+    """A collective.
+
+    Raises:
+        ValueError: on all ranks, if the folder cannot be written.
+    """
+    reason = None
+    if run.rank == 0:
+        try:
+            os.makedirs(run.folder, exist_ok=True)
+            for stage in run.stages:
+                text = json.dumps(stage.plan.config, indent=2) + "\n"
+                step_folders.write_text(os.path.join(run.folder, config_name(stage.number)), text)
+        except OSError as error:
+            reason = str(error)
+    reason = broadcast(reason)
+    if reason is not None:
+        raise ValueError(f"--output {run.folder!r} cannot be written: {reason}")
+
+
+def announce(reporter: Reporter, engine: Any, run: Run, stage: Stage, first_step: int, batch_norm: str) -> None:
+    """Everything in force, and the filled-in config."""
+    plan, task = stage.plan, run.tasks[stage.number]
+    precision = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
+    optimizer = plan.config["optimizer"]
+    clipping = engine.gradient_clipping()
+    is_automatic = run.is_micro_batch_automatic[stage.number]
+    reporter.say(
+        f"{f'stage {stage.number + 1} of {stage.num_stages}: ' if stage.num_stages > 1 else ''}"
+        f"{task.description}, {optimizer['type']} lr "
+        f"{optimizer.get('params', {}).get('lr')}, global batch {plan.global_batch} = {plan.micro_batch} x "
+        f"{plan.accumulation_steps} accumulation steps x {run.world_size} ranks on {engine.device.type}, {plan.num_steps} "
+        f"steps{f' from step {first_step}' if first_step else ''}, {precision}, ZeRO stage "
+        f"{engine.zero_optimization_stage()}, gradient clipping {f'at {clipping}' if clipping else 'off'}, seed "
+        f"{plan.section['seed']}"
+    )
+    if batch_norm:
+        reporter.say(batch_norm)
+        if is_automatic and "span" not in plan.section["batch_norm"]:
+            reporter.say(
+                f"warning: the micro-batch of {plan.micro_batch} was chosen for this machine, and batch normalisation goes "
+                "over it, so that another machine trains another network; set largebatch.batch_norm.span"
+            )
+    if first_step:
+        return
+    if stage.number:
+        reporter.event("stage", step=stage.first_step, stage=stage.number + 1, config=plan.config)
+        return
+    reporter.say(f"ds_config with every 'auto' filled in: {json.dumps(plan.config)}")
+    excluded = getattr(engine.basic_optimizer, "excluded_layers", [])
+    reporter.event(
+        "start",
+        config=plan.config,
+        world_size=run.world_size,
+        device=str(engine.device.type),
+        excluded={p.name: {"is_adapted": p.is_adapted, "is_decayed": p.is_decayed} for p in excluded},
+    )
+
+
+def finish(run: Run, loop: TrainingLoop, outcome: Outcome) -> None:
+    """The last lines of a run."""
+    reporter = loop.reporter
+    means = mean_of_last_evaluations(run.metrics) if run.rank == 0 else {}
+    if outcome.is_complete:
+        speed = {speed_name(loop.task): outcome.samples_per_second}
+        reporter.event("end", step=outcome.step, **speed, **outcome.figures, **means)
+    reporter.close()
+    if run.rank != 0:
+        return
+    if outcome.is_complete:
+        print(
+            f"{loop.task.summary(outcome.figures)} after {outcome.step} steps, {outcome.samples_per_second:.0f} "
+            f"{loop.task.sample_name}/s"
+        )
+        for name, value in means.items():
+            print(f"{name}: {value:.4f}")
+    else:
+        print(f"interrupted after {outcome.step} of {loop.stage.total_steps} steps; continue with --resume")
+    tensorboard = loop.plan.config["tensorboard"]
+    print(f"metrics: {run.metrics}")
+    if tensorboard.get("enabled"):
+        print(f"tensorboard: {os.path.join(tensorboard['output_path'], tensorboard['job_name'])}")
+    print(f"checkpoint: {outcome.checkpoint}", flush=True)
