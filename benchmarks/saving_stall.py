@@ -57,7 +57,7 @@ def training_loop(arguments: argparse.Namespace, folder: str) -> TrainingLoop:
     pathlib.Path(path).write_text(json.dumps(recipe(arguments)), encoding="utf-8")
     run = train.prepare(parse_arguments(["--deepspeed_config", path, "--output", os.path.join(folder, "run")]))
     train.write_configs(run)
-    return train.open_stage(run, run.stages[0], None)[0]
+    return train.open_phase(run, run.phases[0], None)[0]
 
 
 def measure(loop: TrainingLoop, arguments: argparse.Namespace, folder: str) -> dict[str, list[float]]:

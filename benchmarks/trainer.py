@@ -62,7 +62,7 @@ def training_loop(arguments: argparse.Namespace, folder: str) -> Iterator[Traini
     options = ["--deepspeed_config", path, "--output", os.path.join(folder, "run")]
     run = train.prepare(parse_arguments(options + (["--data", arguments.data_dir] if arguments.data_dir else [])))
     train.write_configs(run)
-    loop, _ = train.open_stage(run, run.stages[0], None)
+    loop, _ = train.open_phase(run, run.phases[0], None)
     loop.reporter.start_bar()
     yield loop
     loop.reporter.close()
@@ -137,7 +137,7 @@ def main() -> int:
         timings = interleaved(
             contestants, num_rounds=arguments.rounds, num_warm_up=arguments.warm_up, device=loop.device.type
         )
-        num_samples = arguments.steps * loop.plan.global_batch
+        num_samples = arguments.steps * loop.resolved.global_batch
     speeds = {name: num_samples / timing.median for name, timing in timings.items()}
     print(
         f"\n{arguments.model} on {arguments.data}, micro-batch {arguments.micro_batch} x {arguments.accumulation_steps}:"

@@ -16,8 +16,8 @@ import torch
 
 from largebatch.launch.data.options import NUM_SAMPLES, filled_options
 from largebatch.launch.recipe.reading import read_recipe
-from largebatch.launch.recipe.resolved_run import make_plan, micro_batch_candidates
-from largebatch.launch.recipe.section import check_section, stage_recipes
+from largebatch.launch.recipe.resolved_run import micro_batch_candidates, resolve
+from largebatch.launch.recipe.section import check_section, phase_recipes
 from largebatch.launch.sizing import scaled_recipe, size_report
 from largebatch.launch.sizing.probe_samples import model_and_loss
 from largebatch.planning.activations import Probe, probe
@@ -40,7 +40,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     what = parser.add_argument_group("what is trained")
     what.add_argument("--recipe", metavar="NAME|JSON", help="see `largebatch recipes`")
-    what.add_argument("--recipe-stage", type=positive, metavar="N", help="which stage of a recipe that has several")
+    what.add_argument("--recipe-phase", type=positive, metavar="N", help="which phase of a recipe that has several")
     what.add_argument("--model", help="without --recipe: its recipe of the nearest batch, e.g. resnet50")
     what.add_argument("--data", help="with --model, e.g. imagenet")
     what.add_argument("--optimizer", help="with --model, e.g. LAMB")
@@ -161,7 +161,7 @@ def make(arguments: argparse.Namespace) -> Planned:
         raise ValueError("--network is between nodes and there is one; for the links inside it give --gpu-network")
     stage, cluster = zero_stage(arguments.zero_stage), cluster_of(arguments)
     name, recipe = scaled_recipe.read(arguments, read_recipe)
-    recipe = stage_of(recipe, arguments.recipe_stage, name)
+    recipe = phase_of(recipe, arguments.recipe_phase, name)
     if arguments.precision:
         recipe = scaled_recipe.with_precision(recipe, arguments.precision)
     recipe["largebatch"] = check_section(recipe)
@@ -227,18 +227,18 @@ def make(arguments: argparse.Namespace) -> Planned:
     )  # fmt: skip
 
 
-def stage_of(recipe: dict[str, Any], stage: int | None, name: str) -> dict[str, Any]:
-    """One stage of a recipe, or the recipe itself where it has none."""
-    stages = stage_recipes(recipe)
-    if recipe.get("largebatch", {}).get("stages") is None:
-        if stage is not None:
-            raise ValueError(f"--recipe-stage is {stage}, and {name} has no stages; leave it out")
+def phase_of(recipe: dict[str, Any], phase: int | None, name: str) -> dict[str, Any]:
+    """One phase of a recipe, or the recipe itself where it has none."""
+    phases = phase_recipes(recipe)
+    if recipe.get("largebatch", {}).get("phases") is None:
+        if phase is not None:
+            raise ValueError(f"--recipe-phase is {phase}, and {name} has no phases; leave it out")
         return copy.deepcopy(recipe)
-    if stage is None or stage > len(stages):
+    if phase is None or phase > len(phases):
         raise ValueError(
-            f"{name} has {len(stages)} stages, each a plan of its own; give --recipe-stage 1 to {len(stages)}"
+            f"{name} has {len(phases)} phases, each a plan of its own; give --recipe-phase 1 to {len(phases)}"
         )
-    return stages[stage - 1]
+    return phases[phase - 1]
 
 
 def zero_stage(text: str) -> int | None:
@@ -287,7 +287,7 @@ def complete(planned: dict[str, Any], choice: Choice, num_samples: int | None, w
         zero["offload_param"] = {"device": "cpu"}
     if "bucket" in choice.memory.device and choice.memory.device["bucket"]:
         zero["reduce_bucket_size"] = choice.layout.bucket_elements
-    config = make_plan(
+    config = resolve(
         planned, num_samples=num_samples or planned["train_batch_size"], world_size=world_size, output="."
     ).config
     del config["tensorboard"]  # names the run's folder

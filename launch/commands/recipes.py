@@ -12,8 +12,8 @@ from typing import Any
 from largebatch.config import nearest_hint
 from largebatch.launch.data.options import NUM_SAMPLES
 from largebatch.launch.recipe.reading import find_recipe, load_recipes
-from largebatch.launch.recipe.resolved_run import Plan, make_plan
-from largebatch.launch.recipe.section import stage_recipes
+from largebatch.launch.recipe.resolved_run import ResolvedRun, resolve
+from largebatch.launch.recipe.section import phase_recipes
 from largebatch.schedule import scaled_lr
 
 COLUMNS = ("name", "model", "data", "optimizer", "lr", "batch", "expected", "source")
@@ -170,23 +170,25 @@ def show(arguments: argparse.Namespace) -> int:
     num_samples = arguments.num_samples or NUM_SAMPLES.get(data)
     if num_samples is None:
         raise ValueError(f"{path.stem} needs --num-samples: the size of its training set ({data}) is yours")
-    stages = stage_recipes(recipe)
-    plans = [make_plan(s, num_samples=num_samples, world_size=arguments.ranks, output=path.stem) for s in stages]
-    configs = [{key: value for key, value in plan.config.items() if key != "tensorboard"} for plan in plans]
+    phases = phase_recipes(recipe)
+    resolved_runs = [resolve(s, num_samples=num_samples, world_size=arguments.ranks, output=path.stem) for s in phases]
+    configs = [
+        {key: value for key, value in resolved.config.items() if key != "tensorboard"} for resolved in resolved_runs
+    ]
     if not arguments.json:
         row = row_of(path.stem, recipe)
         print(f"{path.stem}: {row['model']} on {data} ({num_samples:,} samples)")
         print(f"expected: {accuracy(row['expected'])}\nsource: {row['source']}\nhardware: {row['hardware']}")
-        for plan in plans:
-            print(summary(plan, num_samples, arguments.ranks))
+        for resolved in resolved_runs:
+            print(summary(resolved, num_samples, arguments.ranks))
     print(json.dumps(configs if len(configs) > 1 else configs[0], indent=2, ensure_ascii=False))
     return 0
 
 
-def summary(plan: Plan, num_samples: int, num_ranks: int) -> str:
-    optimizer = plan.config["optimizer"]
+def summary(resolved: ResolvedRun, num_samples: int, num_ranks: int) -> str:
+    optimizer = resolved.config["optimizer"]
     return (
-        f"{plan.num_steps:,} steps ({plan.num_steps * plan.global_batch / num_samples:.4g} epochs) of {plan.global_batch:,} = "
-        f"{plan.micro_batch} x {plan.accumulation_steps} accumulation steps x {num_ranks} ranks, {optimizer['type']} "
+        f"{resolved.num_steps:,} steps ({resolved.num_steps * resolved.global_batch / num_samples:.4g} epochs) of {resolved.global_batch:,} = "
+        f"{resolved.micro_batch} x {resolved.accumulation_steps} accumulation steps x {num_ranks} ranks, {optimizer['type']} "
         f"lr {optimizer['params']['lr']:.6g}"
     )

@@ -22,7 +22,7 @@ import torch
 
 import largebatch.ds_configs
 from largebatch.launch.recipe.reading import set_entry
-from largebatch.launch.recipe.section import SECTION_DEFAULTS, stage_recipes
+from largebatch.launch.recipe.section import SECTION_DEFAULTS, phase_recipes
 from largebatch.launch.study import plots, results, runner
 from largebatch.launch.study.grid import GridRun, expand
 
@@ -58,7 +58,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="take the recipes <model>_<data>_<optimizer>_<batch>_<NAME>, where there are any",
     )
     parser.add_argument(
-        "--metric", help="figure of merit, a name in the runs' last line (default: the first, top1 for images)"
+        "--metric", help="main metric, a name in the runs' last line (default: the first, top1 for images)"
     )
     parser.add_argument("--output", default="runs/study", metavar="DIR")
     parser.add_argument("--no-plots", action="store_true", help="do not draw; matplotlib is not needed then")
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with study.locked():
             return study.run()
-    except ValueError as error:  # what is only seen once a run has ended: its figures
+    except ValueError as error:  # what is only seen once a run has ended: its metrics
         print(f"largebatch: error: {error}", file=sys.stderr)
         return 2
     except BlockingIOError:
@@ -286,11 +286,11 @@ class Progress:
         """The time that the recipes will take at the pace so far, for the end of a line."""
         if not recipes or not self.samples:
             return ""
-        samples = sum(self.samples_of(stage) for recipe in recipes for stage in stage_recipes(recipe))
+        samples = sum(self.samples_of(phase) for recipe in recipes for phase in phase_recipes(recipe))
         return f"; about {duration(samples * self.seconds / self.samples)} left for {len(recipes)} runs"
 
     def samples_of(self, recipe: dict[str, Any]) -> float:
-        """How many samples a recipe without stages trains on."""
+        """How many samples a recipe without phases trains on."""
         section = SECTION_DEFAULTS | recipe["largebatch"]
         if section["steps"] is not None:
             return section["steps"] * section["schedule_stretch"] * recipe["train_batch_size"]

@@ -7,12 +7,13 @@ import copy
 import json
 import os
 import pathlib
+import sys
 from typing import Any
 
 import largebatch.ds_configs
 from largebatch.config import nearest_hint
 from largebatch.engine.config_checks.files import read_json
-from largebatch.launch.recipe.section import check_sections
+from largebatch.launch.recipe.section import check_sections, with_current_names
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -86,7 +87,15 @@ def read_recipe(path: str) -> dict[str, Any]:
         names = sorted(n for n in os.listdir(folder) if n.endswith(".json")) if os.path.isdir(folder) else []
         hint = nearest_hint(os.path.basename(path), names)
         raise ValueError(f"--deepspeed_config is {path!r}, which does not exist{hint}")
-    return read_json(path, f"--deepspeed_config {path!r}")
+    return renamed(read_json(path, f"--deepspeed_config {path!r}"))
+
+
+def renamed(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with the keys that there are now; rank 0 says which of them had other names."""
+    recipe, notes = with_current_names(recipe)
+    for note in notes if os.environ.get("RANK", "0") == "0" else ():
+        print(f"largebatch: note: {note}", file=sys.stderr)
+    return recipe
 
 
 def set_entry(recipe: dict[str, Any], assignment: str) -> None:
@@ -132,6 +141,6 @@ def apply_overrides(recipe: dict[str, Any], arguments: argparse.Namespace) -> di
                 recipe.pop(name, None)
     for assignment in arguments.set:
         set_entry(recipe, assignment)
-    recipe = {key: value for key, value in recipe.items() if value is not None}
+    recipe = renamed({key: value for key, value in recipe.items() if value is not None})
     check_sections(recipe)
     return recipe

@@ -23,7 +23,7 @@ LENGTHS = tuple(
 
 
 @dataclass(frozen=True)
-class Plan:
+class ResolvedRun:
     """A recipe with nothing left open: the ds_config for DeepSpeed and the lengths that follow from it."""
 
     config: dict[str, Any]
@@ -65,18 +65,18 @@ OFTEN_USED_KEYS = (
 
 
 @dataclass(frozen=True)
-class Stage:
+class Phase:
     """One of the trainings that a run consists of, and where in the run it lies.
 
     Attributes:
         number: from 0.
-        first_step, first_sample: steps and samples of the run before this stage.
+        first_step, first_sample: steps and samples of the run before this phase.
         total_steps, total_samples: of the whole run.
     """
 
     number: int
-    num_stages: int
-    plan: Plan
+    num_phases: int
+    resolved: ResolvedRun
     first_step: int
     first_sample: int
     total_steps: int
@@ -84,31 +84,31 @@ class Stage:
 
     @property
     def end(self) -> int:
-        """Steps of the run after this stage."""
-        return self.first_step + self.plan.num_steps
+        """Steps of the run after this phase."""
+        return self.first_step + self.resolved.num_steps
 
     @property
     def seed(self) -> int:
-        """Of the data order: each stage has one of its own."""
-        return self.plan.section["seed"] + 104_729 * self.number
+        """Of the data order: each phase has one of its own."""
+        return self.resolved.section["seed"] + 104_729 * self.number
 
 
-def make_stages(plans: list[Plan]) -> list[Stage]:
-    """The plans of a run's stages, in their order."""
-    total_steps = sum(plan.num_steps for plan in plans)
-    total_samples = sum(plan.num_steps * plan.global_batch for plan in plans)
-    stages, first_step, first_sample = [], 0, 0
-    for number, plan in enumerate(plans):
-        stages.append(Stage(number, len(plans), plan, first_step, first_sample, total_steps, total_samples))
-        first_step += plan.num_steps
-        first_sample += plan.num_steps * plan.global_batch
-    return stages
+def make_phases(resolved_runs: list[ResolvedRun]) -> list[Phase]:
+    """The phases of a run, in their order."""
+    total_steps = sum(resolved.num_steps for resolved in resolved_runs)
+    total_samples = sum(resolved.num_steps * resolved.global_batch for resolved in resolved_runs)
+    phases, first_step, first_sample = [], 0, 0
+    for number, resolved in enumerate(resolved_runs):
+        phases.append(Phase(number, len(resolved_runs), resolved, first_step, first_sample, total_steps, total_samples))
+        first_step += resolved.num_steps
+        first_sample += resolved.num_steps * resolved.global_batch
+    return phases
 
 
 def micro_batch_candidates(recipe: dict[str, Any], world_size: int) -> list[int]:
     """The micro-batches, ascending, with which a checked recipe can be trained on so many ranks.
 
-    They divide a rank's share of the global batch, give batch normalisation the span that it asks for, and are even under
+    They divide a rank's share of the global batch, give batch normalisation the ghost batches that it asks for, and are even under
     mixup, which mixes neighbours.
 
     Raises:
@@ -121,15 +121,19 @@ def micro_batch_candidates(recipe: dict[str, Any], world_size: int) -> list[int]
             f"such as {nearest_multiples(global_batch, world_size)}"
         )
     share = global_batch // world_size
-    candidates = [d for d in divisors(share) if has_span(section, d, world_size) and not (section["mixup"] and d % 2)]
+    candidates = [
+        d
+        for d in divisors(share)
+        if can_have_ghost_batches(section, d, world_size) and not (section["mixup"] and d % 2)
+    ]
     if not candidates:
-        span, unit = section["batch_norm"].get("span", MICRO_BATCH), world_size
-        if isinstance(span, int):
-            unit *= span
+        size, unit = section["batch_norm"].get("ghost_batch_size", MICRO_BATCH), world_size
+        if isinstance(size, int):
+            unit *= size
         if section["mixup"] and unit % (2 * world_size):
             unit *= 2
         raise ValueError(
-            f"train_batch_size is {global_batch}, which {world_size} ranks cannot make with largebatch.batch_norm.span {span!r}"
+            f"train_batch_size is {global_batch}, which {world_size} ranks cannot make with largebatch.batch_norm.ghost_batch_size {size!r}"
             f"{' and mixup, which needs even micro-batches' if section['mixup'] else ''}; nearest that they can: "
             f"{nearest_multiples(global_batch, unit)}"
         )
@@ -146,18 +150,18 @@ def is_micro_batch_open(recipe: dict[str, Any]) -> bool:
     return recipe.get("train_micro_batch_size_per_gpu", "auto") == "auto"
 
 
-def has_span(section: dict[str, Any], micro_batch: int, world_size: int) -> bool:
-    span = section["batch_norm"].get("span", MICRO_BATCH)
-    if not isinstance(span, int) or isinstance(span, bool) or span < 1:
-        pieces_for(span, micro_batch, world_size)
+def can_have_ghost_batches(section: dict[str, Any], micro_batch: int, world_size: int) -> bool:
+    size = section["batch_norm"].get("ghost_batch_size", MICRO_BATCH)
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        pieces_for(size, micro_batch, world_size)
         return True
-    return micro_batch % span == 0 or (span % micro_batch == 0 and world_size % (span // micro_batch) == 0)
+    return micro_batch % size == 0 or (size % micro_batch == 0 and world_size % (size // micro_batch) == 0)
 
 
 def micro_batch_for(recipe: dict[str, Any], world_size: int) -> int:
     """The micro-batch of a checked recipe.
 
-    For "auto" the span of batch normalisation, if that is a candidate up to 256: torch's own kernels take it. Else the
+    For "auto" the ghost batch size, if that is a candidate up to 256: torch's own kernels take it. Else the
     largest candidate up to 256, or the smallest of all. On a GPU train.py has put the largest that fits in the place of
     "auto" by then (micro_batch.py).
 
@@ -168,8 +172,10 @@ def micro_batch_for(recipe: dict[str, Any], world_size: int) -> int:
     micro = recipe.get("train_micro_batch_size_per_gpu", "auto")
     if micro == "auto":
         candidates = micro_batch_candidates(recipe, world_size)
-        if (span := section["batch_norm"].get("span")) in candidates and span <= LARGEST_AUTOMATIC_MICRO_BATCH:
-            return span
+        if (
+            size := section["batch_norm"].get("ghost_batch_size")
+        ) in candidates and size <= LARGEST_AUTOMATIC_MICRO_BATCH:
+            return size
         return max((d for d in candidates if d <= LARGEST_AUTOMATIC_MICRO_BATCH), default=candidates[0])
     if not isinstance(micro, int) or isinstance(micro, bool) or micro < 1:
         raise ValueError(f'train_micro_batch_size_per_gpu is {micro!r}; expected an integer >= 1 or "auto"')
@@ -179,7 +185,7 @@ def micro_batch_for(recipe: dict[str, Any], world_size: int) -> int:
             f"{micro * world_size}; nearest: {nearest_multiples(global_batch, micro * world_size)}. Change one of them, or "
             'set train_micro_batch_size_per_gpu to "auto"'
         )
-    pieces_for(section["batch_norm"].get("span", MICRO_BATCH), micro, world_size)
+    pieces_for(section["batch_norm"].get("ghost_batch_size", MICRO_BATCH), micro, world_size)
     if section["mixup"] and micro % 2:
         raise ValueError(
             f"train_micro_batch_size_per_gpu is {micro} and largebatch.mixup {section['mixup']}; expected an even number: each "
@@ -193,11 +199,11 @@ def nearest_multiples(value: int, unit: int) -> str:
     return f"{below} or {below + unit}" if below else f"{below + unit}"
 
 
-def make_plan(recipe: dict[str, Any], *, num_samples: int, world_size: int, output: str) -> Plan:
+def resolve(recipe: dict[str, Any], *, num_samples: int, world_size: int, output: str) -> ResolvedRun:
     """Fills in every "auto" from the data set and the batch, and stretches the lengths by ``schedule_stretch``.
 
     Args:
-        recipe: of one stage; see section.stage_recipes.
+        recipe: of one phase; see section.phase_recipes.
         num_samples: in the training set.
         output: folder of the run, for the TensorBoard log.
 
@@ -207,8 +213,8 @@ def make_plan(recipe: dict[str, Any], *, num_samples: int, world_size: int, outp
     config = copy.deepcopy(recipe)
     check_keys(config)
     section = config["largebatch"] = check_section(config)
-    if section["stages"] is not None:
-        raise ValueError("largebatch.stages: there is one plan for each stage; see section.stage_recipes")
+    if section["phases"] is not None:
+        raise ValueError("largebatch.phases: each phase is resolved by itself; see section.phase_recipes")
     check_baseline(config)
     global_batch = config.get("train_batch_size")
     if not isinstance(global_batch, int) or isinstance(global_batch, bool) or not 1 <= global_batch <= LARGEST_BATCH:
@@ -239,7 +245,7 @@ def make_plan(recipe: dict[str, Any], *, num_samples: int, world_size: int, outp
     config.setdefault("steps_per_print", 10**9)
     # DeepSpeed's own throughput timer waits for the device twice a micro-step
     config.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
-    return Plan(config, int(num_steps), global_batch, micro_batch, accumulation_steps)
+    return ResolvedRun(config, int(num_steps), global_batch, micro_batch, accumulation_steps)
 
 
 def stretch_lengths(config: dict[str, Any]) -> None:

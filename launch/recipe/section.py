@@ -1,9 +1,9 @@
-"""The "largebatch" section of a recipe, which DeepSpeed ignores: its keys, their defaults and checks, and its stages.
+"""The "largebatch" section of a recipe, which DeepSpeed ignores: its keys, their defaults and checks, and its phases.
 
-A recipe with ``stages`` is several trainings, one after the other, each of which goes on with the weights and the optimizer
-state of the one before. A stage is a part of a recipe, laid over the rest of it section by section, e.g. BERT's mixed batch:
+A recipe with ``phases`` is several trainings, one after the other, each of which goes on with the weights and the optimizer
+state of the one before. A phase is a part of a recipe, laid over the rest of it section by section, e.g. BERT's mixed batch:
 
-    {"largebatch": {"model": "bert", "data": "text", ..., "stages": [
+    {"largebatch": {"model": "bert", "data": "text", ..., "phases": [
          {"largebatch": {"steps": 7038, "data_options": {"sequence_length": 128}}, "train_batch_size": 65536,
           "scheduler": {"params": {"warmup_steps": 2000}}},
          {"largebatch": {"steps": 1561, "data_options": {"sequence_length": 512}}, "train_batch_size": 32768,
@@ -46,7 +46,7 @@ SECTION_DEFAULTS: dict[str, Any] = {
     "no_weight_decay": [],
     "epochs": None,
     "steps": None,
-    "stages": None,
+    "phases": None,
     "schedule_stretch": 1.0,
     "seed": 1,
     "lr_scaling": None,
@@ -63,7 +63,7 @@ SECTION_DEFAULTS: dict[str, Any] = {
 }
 """Keys of the section."""
 
-FIGURES = {
+METRICS = {
     "images": ("top1", "top5", "test_loss"),
     "text": ("mlm_accuracy", "nsp_accuracy", "mlm_loss", "nsp_loss", "test_loss"),
 }
@@ -82,11 +82,43 @@ LARGEST_SEED = 2**31 - 1
 
 EXPECTED_KEYS = ("metric", "value", "band", "is_approximate")
 
-KEPT_BY_STAGES = (
+KEPT_BY_PHASES = (
     ("largebatch", "model"), ("largebatch", "model_options"), ("largebatch", "seed"), ("largebatch", "no_weight_decay"),
     ("optimizer", "type"), ("fp16",), ("bf16",), ("data_types",), ("zero_optimization",), ("tensorboard",),
 )  # fmt: skip
-"""What a stage cannot change: the optimizer state of the stage before would not fit, or it has no meaning."""
+"""What a phase cannot change: the optimizer state of the phase before would not fit, or it has no meaning."""
+
+
+RENAMED = {("stages",): "phases", ("batch_norm", "span"): "ghost_batch_size"}
+"""Entry of the "largebatch" section that had another name -> the key that it has now."""
+
+
+def with_current_names(recipe: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The recipe with the keys that there are now, and one line for each that had another name.
+
+    Raises:
+        ValueError: an entry is given under both names.
+    """
+    recipe, notes = copy.deepcopy(recipe), []
+    section = recipe.get("largebatch")
+    for path, new in RENAMED.items():
+        *above, old = path
+        node = section
+        for key in above:
+            node = node.get(key) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or old not in node:
+            continue
+        name = ".".join(("largebatch", *above))
+        if new in node:
+            raise ValueError(f"{name}.{old} is an earlier name of {name}.{new}, and both are given; keep {new}")
+        node[new] = node.pop(old)
+        notes.append(f"{name}.{old} is called {name}.{new} now")
+    phases = section.get("phases") if isinstance(section, dict) else None
+    for position, phase in enumerate(phases if isinstance(phases, list) else ()):
+        if isinstance(phase, dict):
+            phases[position], more = with_current_names(phase)
+            notes += more
+    return recipe, list(dict.fromkeys(notes))
 
 
 def check_sections(recipe: dict[str, Any]) -> None:
@@ -104,7 +136,7 @@ def check_sections(recipe: dict[str, Any]) -> None:
 
 
 def check_section(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The "largebatch" section with its defaults, checked. That of a recipe with stages: all but what only they give.
+    """The "largebatch" section with its defaults, checked. That of a recipe with phases: all but what only they give.
 
     Raises:
         ValueError, TypeError: naming the key, its value and what is allowed.
@@ -143,7 +175,7 @@ def check_length(section: dict[str, Any]) -> None:
         reject("largebatch.steps", section["steps"], "a whole number; a length in epochs may be a fraction")
     if section["epochs"] is not None and section["steps"] is not None:
         raise ValueError("largebatch needs either epochs or steps, the length of training; it has both")
-    if section["epochs"] is None and section["steps"] is None and section["stages"] is None:
+    if section["epochs"] is None and section["steps"] is None and section["phases"] is None:
         raise ValueError("largebatch needs either epochs or steps, the length of training")
 
 
@@ -153,7 +185,7 @@ def check_saving(section: dict[str, Any]) -> None:
     last = section["keep_last"]
     if last is not None and (not isinstance(last, int) or isinstance(last, bool) or last < 1):
         reject("largebatch.keep_last", last, "null (all are kept) or an integer >= 1")
-    one_of(None, *FIGURES["text" if section["data"] == "text" else "images"])(
+    one_of(None, *METRICS["text" if section["data"] == "text" else "images"])(
         "largebatch.keep_best", section["keep_best"]
     )
     number("null or a number > 0", lambda x: x > 0, or_none=True)(
@@ -179,8 +211,8 @@ def check_inputs(section: dict[str, Any]) -> None:
 
 def check_batch_norm(options: Any) -> None:
     if not isinstance(options, dict):
-        reject("largebatch.batch_norm", options, 'a section such as {"span": 64}', TypeError)
-    check_option_names(options, ["span", "momentum"], "largebatch.batch_norm")
+        reject("largebatch.batch_norm", options, 'a section such as {"ghost_batch_size": 64}', TypeError)
+    check_option_names(options, ["ghost_batch_size", "momentum"], "largebatch.batch_norm")
     if "momentum" in options:
         number("a number > 0 and < 1", lambda x: 0 < x < 1)("largebatch.batch_norm.momentum", options["momentum"])
 
@@ -195,30 +227,30 @@ def check_notes(section: dict[str, Any]) -> None:
         reject("largebatch.expected", expected, f"null or a section with {', '.join(EXPECTED_KEYS)}")
 
 
-def stage_recipes(recipe: dict[str, Any]) -> list[dict[str, Any]]:
-    """The recipe of each stage, itself without stages; the recipe alone where it has none.
+def phase_recipes(recipe: dict[str, Any]) -> list[dict[str, Any]]:
+    """The recipe of each phase, itself without phases; the recipe alone where it has none.
 
     Raises:
-        ValueError, TypeError: ``stages`` is no list of parts of a recipe, or one changes what has to stay.
+        ValueError, TypeError: ``phases`` is no list of parts of a recipe, or one changes what has to stay.
     """
-    stages = recipe.get("largebatch", {}).get("stages")
-    if stages is None:
+    phases = recipe.get("largebatch", {}).get("phases")
+    if phases is None:
         return [recipe]
-    if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
-        reject("largebatch.stages", stages, "null or a list of parts of a recipe, one for each stage", TypeError)
+    if not isinstance(phases, list) or not phases or not all(isinstance(phase, dict) for phase in phases):
+        reject("largebatch.phases", phases, "null or a list of parts of a recipe, one for each phase", TypeError)
     base = copy.deepcopy(recipe)
-    base["largebatch"]["stages"] = None
+    base["largebatch"]["phases"] = None
     merged = []
-    for position, stage in enumerate(stages):
-        name = f"largebatch.stages[{position}]"
-        if not isinstance(stage.get("largebatch", {}), dict):
-            reject(f"{name}.largebatch", stage["largebatch"], "a section (JSON object)", TypeError)
-        if "stages" in stage.get("largebatch", {}):
-            raise ValueError(f"{name} has stages of its own; list all stages in the recipe")
-        for path in KEPT_BY_STAGES:
-            if is_given(stage, path):
-                raise ValueError(f"{name} sets {'.'.join(path)}, which all stages share; set it in the recipe itself")
-        merged.append(merge(base, stage, name))
+    for position, phase in enumerate(phases):
+        name = f"largebatch.phases[{position}]"
+        if not isinstance(phase.get("largebatch", {}), dict):
+            reject(f"{name}.largebatch", phase["largebatch"], "a section (JSON object)", TypeError)
+        if "phases" in phase.get("largebatch", {}):
+            raise ValueError(f"{name} has phases of its own; list all phases in the recipe")
+        for path in KEPT_BY_PHASES:
+            if is_given(phase, path):
+                raise ValueError(f"{name} sets {'.'.join(path)}, which all phases share; set it in the recipe itself")
+        merged.append(merge(base, phase, name))
     return merged
 
 

@@ -161,8 +161,8 @@ def divisible_batch(recipe: dict[str, Any], global_batch: int, world_size: int) 
         micro_batch_candidates(recipe | {"train_batch_size": global_batch}, world_size)
         return global_batch, None
     except ValueError:
-        span = section["batch_norm"].get("span")
-        unit = batch_unit(world_size, span if isinstance(span, int) else None, global_batch, bool(section["mixup"]))
+        size = section["batch_norm"].get("ghost_batch_size")
+        unit = batch_unit(world_size, size if isinstance(size, int) else None, global_batch, bool(section["mixup"]))
     below, above = nearest_batches(global_batch, unit)
     chosen = below if global_batch - below <= above - global_batch else above
     other = above if chosen == below else below

@@ -63,8 +63,8 @@ def speed_of(end: dict[str, Any]) -> float:
     return next(end[name] for name in SPEEDS if name in end)
 
 
-def figures_of(end: dict[str, Any]) -> dict[str, float]:
-    """What the model was found to do on the test set at the end of a run; the first is the figure of merit."""
+def metrics_of(end: dict[str, Any]) -> dict[str, float]:
+    """What the model was found to do on the test set at the end of a run; the first is the main metric."""
     return {name: value for name, value in end.items() if name not in ("event", "step", *SPEEDS)}
 
 
@@ -73,7 +73,7 @@ class Row:
     """One finished run.
 
     Attributes:
-        metric: name of the figure of merit, e.g. "top1"; value: at the end, on the whole test set.
+        metric: name of the main metric, e.g. "top1"; value: at the end, on the whole test set.
         lr: at the peak; None where the recipe leaves it to the optimizer.
         final_loss: mean training loss of the last step. is_diverged: that it, or any before it, is not finite.
         recipe: where the settings come from, for people; recipe_digest: the settings, for comparison (:func:`digest`).
@@ -103,21 +103,21 @@ def read_row(run: GridRun, recipe: dict[str, Any], folder: str, metric: str | No
 
     Args:
         recipe: that the run was given.
-        metric: a name in the run's "end" event; None: the first figure there, which is the one of merit.
+        metric: a name in the run's "end" event; None: the first metric there, which is the main one.
 
     Raises:
-        ValueError: the run has no such figure.
+        ValueError: the run has no such metric.
     """
     events = events_of(folder)
     start = next((e for e in events if e["event"] == "start"), None)
     end = next((e for e in reversed(events) if e["event"] == "end"), None)
     if start is None or end is None:
         return None
-    figures = figures_of(end)
-    name = metric or next(iter(figures))
-    if name not in figures:
+    metrics = metrics_of(end)
+    name = metric or next(iter(metrics))
+    if name not in metrics:
         raise ValueError(
-            f"--metric is {name!r}; expected one of {', '.join(figures)}, which the run in {folder!r} ends with"
+            f"--metric is {name!r}; expected one of {', '.join(metrics)}, which the run in {folder!r} ends with"
         )
     config, steps = start["config"], [e for e in events if e["event"] == "step"]
     section = config["largebatch"]
@@ -221,7 +221,7 @@ def mean_and_spread(values: list[float]) -> str:
 
 
 def markdown(rows: list[Row]) -> str:
-    """Two tables: the figure of merit by optimizer and batch, and the settings of every cell."""
+    """Two tables: the main metric by optimizer and batch, and the settings of every cell."""
     if not rows:
         return "No run has finished.\n"
     cells = by_cell(rows)

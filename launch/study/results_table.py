@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from largebatch.launch.study.results import events_of, figures_of, mean_and_spread, speed_of, trained_with
+from largebatch.launch.study.results import events_of, mean_and_spread, metrics_of, speed_of, trained_with
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def read_run(folder: str) -> Run | None:
     end = next((e for e in events if e["event"] == "end"), None)
     if start is None or end is None:
         return None
-    metric, value = next(iter(figures_of(end).items()))
+    metric, value = next(iter(metrics_of(end).items()))
     return Run(start["config"], end["step"], metric, value, speed_of(end))
 
 

@@ -85,8 +85,8 @@ class Classification:
             device=device,
         )
 
-    def summary(self, figures: dict[str, float]) -> str:
-        return f"test accuracy: top-1 {figures['top1']:.4f}, top-5 {figures['top5']:.4f}"
+    def summary(self, metrics: dict[str, float]) -> str:
+        return f"test accuracy: top-1 {metrics['top1']:.4f}, top-5 {metrics['top5']:.4f}"
 
 
 EVALUATION_BATCH = 500
@@ -126,8 +126,8 @@ def evaluate(
         logits = model(loader.data.inputs(pixels, dtype)).float()
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
         losses = nn.functional.cross_entropy(logits, labels, reduction="none")
-        figures = torch.stack([best[:, 0], best.any(1), losses, torch.ones_like(losses)]).double()
-        totals += torch.where(counts, figures, 0).sum(1)
+        metrics = torch.stack([best[:, 0], best.any(1), losses, torch.ones_like(losses)]).double()
+        totals += torch.where(counts, metrics, 0).sum(1)
     if world_size > 1:
         dist.all_reduce(totals)
     model.train(was_training)

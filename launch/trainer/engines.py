@@ -1,4 +1,4 @@
-"""DeepSpeed engines: of a stage's model, and those on which micro-batches are tried out."""
+"""DeepSpeed engines: of a phase's model, and those on which micro-batches are tried out."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from largebatch.engine.config_checks.combinations import check_optimizer_type
 from largebatch.engine.initialization import initialize, prepare_deepspeed
 from largebatch.exclusion import KINDS, identities, is_excluded
 from largebatch.launch.recipe.baseline_options import check_baseline_options
-from largebatch.launch.recipe.resolved_run import Plan, make_plan, micro_batch_candidates
+from largebatch.launch.recipe.resolved_run import ResolvedRun, micro_batch_candidates, resolve
 from largebatch.launch.recipe.section import check_section
 from largebatch.launch.trainer.cpu_memory import KEPT, NOT_KEPT, keep_freed_memory
 from largebatch.launch.trainer.micro_batch import Trial, largest_that_fits
 from largebatch.launch.trainer.task import Task
-from largebatch.models.batch_norm import MICRO_BATCH, apply_batch_norm_span
+from largebatch.models.batch_norm import MICRO_BATCH, apply_ghost_batches
 
 
 def set_up_deepspeed() -> None:
@@ -39,16 +39,16 @@ def set_up_deepspeed() -> None:
     logging.getLogger("largebatch").info(KEPT if is_memory_kept else NOT_KEPT)
 
 
-def check_ds_config(plan: Plan, *, world_size: int) -> None:
+def check_ds_config(resolved: ResolvedRun, *, world_size: int) -> None:
     """Refuses what DeepSpeed would not take, before anything is built.
 
     Raises:
         ValueError, TypeError: naming the entry, its value and what is allowed.
     """
-    check_optimizer_type(plan.config["optimizer"]["type"])
-    check_engine_config(plan.config, world_size=world_size, is_closed=True)
-    check_baseline_options(plan.config["optimizer"])
-    check_folders(plan.config)
+    check_optimizer_type(resolved.config["optimizer"]["type"])
+    check_engine_config(resolved.config, world_size=world_size, is_closed=True)
+    check_baseline_options(resolved.config["optimizer"])
+    check_folders(resolved.config)
 
 
 def check_folders(config: dict[str, Any]) -> None:
@@ -62,27 +62,27 @@ def check_folders(config: dict[str, Any]) -> None:
             reject(f"{name}.output_path", options["output_path"], f"a folder that can be written ({error})")
 
 
-def build_engine(task: Task, plan: Plan, *, world_size: int) -> tuple[Any, str, Any]:
+def build_engine(task: Task, resolved: ResolvedRun, *, world_size: int) -> tuple[Any, str, Any]:
     """A freshly initialised model and its optimizer, sharded and on the device. A collective.
 
     Returns:
         The engine; one line on batch normalisation, "" without; the monitor that the ds_config asks for.
     """
-    torch.manual_seed(plan.section["seed"])
+    torch.manual_seed(resolved.section["seed"])
     model = task.build_model()
-    batch_norm = set_batch_norm_span(model, plan, plan.micro_batch, world_size)
-    engine, monitor = initialize(model, parameter_groups(model, plan.section["no_weight_decay"]), plan.config)
+    batch_norm = set_ghost_batches(model, resolved, resolved.micro_batch, world_size)
+    engine, monitor = initialize(model, parameter_groups(model, resolved.section["no_weight_decay"]), resolved.config)
     return engine, batch_norm, monitor
 
 
-def set_batch_norm_span(model: nn.Module, plan: Plan, micro_batch: int, world_size: int) -> str:
-    line = apply_batch_norm_span(
+def set_ghost_batches(model: nn.Module, resolved: ResolvedRun, micro_batch: int, world_size: int) -> str:
+    line = apply_ghost_batches(
         model,
-        span=plan.section["batch_norm"].get("span", MICRO_BATCH),
+        ghost_batch_size=resolved.section["batch_norm"].get("ghost_batch_size", MICRO_BATCH),
         micro_batch=micro_batch,
-        accumulation_steps=plan.global_batch // (micro_batch * world_size),
+        accumulation_steps=resolved.global_batch // (micro_batch * world_size),
         world_size=world_size,
-        momentum=plan.section["batch_norm"].get("momentum"),
+        momentum=resolved.section["batch_norm"].get("momentum"),
     )
     return "" if line == "no batch normalisation" else line
 
@@ -126,7 +126,7 @@ def find_micro_batch(
     A run that is resumed keeps its micro-batch where that is still possible: batch normalisation may depend on it.
 
     Args:
-        recipe: of one stage, checked; written.
+        recipe: of one phase, checked; written.
         earlier: the filled-in config of the run that is to be resumed, or None.
         device: where to try; None: the GPU of this rank, if there is one.
     """
@@ -141,14 +141,14 @@ def find_micro_batch(
             return
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     smallest = recipe | {"train_micro_batch_size_per_gpu": candidates[0]}
-    plan = make_plan(smallest, num_samples=task.num_samples, world_size=world_size, output=output)
-    plan.config["optimizer"]["params"]["lr"] = 0.0
-    plan.config["tensorboard"] = {"enabled": False}
-    plan.config.pop("scheduler", None)
+    resolved = resolve(smallest, num_samples=task.num_samples, world_size=world_size, output=output)
+    resolved.config["optimizer"]["params"]["lr"] = 0.0
+    resolved.config["tensorboard"] = {"enabled": False}
+    resolved.config.pop("scheduler", None)
 
     def batch_of(micro_batch: int) -> Any:
         batches = task.micro_batches(
-            seed=plan.section["seed"],
+            seed=resolved.section["seed"],
             global_batch=micro_batch,
             micro_batch=micro_batch,
             rank=0,
@@ -163,10 +163,10 @@ def find_micro_batch(
         return task.loss(engine, batch, dtype=next(engine.module.parameters()).dtype)
 
     trial = Trial(
-        lambda: build_engine(task, plan, world_size=world_size)[0],
+        lambda: build_engine(task, resolved, world_size=world_size)[0],
         batch_of,
         loss,
-        lambda engine, micro_batch: set_batch_norm_span(engine.module, plan, micro_batch, world_size),
+        lambda engine, micro_batch: set_ghost_batches(engine.module, resolved, micro_batch, world_size),
         device,
     )
     try:

@@ -14,8 +14,8 @@ from largebatch.engine.initialization import init_distributed, set_timeout_of_al
 from largebatch.kernels.dispatch import UnavailableKernelsError
 from largebatch.launch.data.image_folder import UnreadableImageError
 from largebatch.launch.recipe.reading import apply_overrides, parse_arguments, read_recipe
-from largebatch.launch.recipe.resolved_run import Stage, is_micro_batch_open, make_plan, make_stages
-from largebatch.launch.recipe.section import check_section, stage_recipes
+from largebatch.launch.recipe.resolved_run import Phase, is_micro_batch_open, make_phases, resolve
+from largebatch.launch.recipe.section import check_section, phase_recipes
 from largebatch.launch.supervise import exits, run_lock
 from largebatch.launch.supervise.exits import give_up, leave, refuse
 from largebatch.launch.supervise.launcher import be_the_only_rank, is_launched
@@ -34,7 +34,7 @@ class Run:
     """What a request comes to, before anything is trained."""
 
     folder: str
-    stages: list[Stage]
+    phases: list[Phase]
     tasks: list[Task]
     is_micro_batch_automatic: list[bool]
     first_step: int
@@ -52,7 +52,7 @@ class Run:
 
 
 REQUEST_ERRORS = (ValueError, TypeError, OSError, AssertionError, RuntimeError)
-"""What is wrong with a request, up to the first step of a stage."""
+"""What is wrong with a request, up to the first step of a phase."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,11 +69,11 @@ def main(argv: list[str] | None = None) -> int:
         return leave(130)
     except REQUEST_ERRORS as error:
         return refuse(error)
-    for stage in run.stages:
-        if run.first_step >= stage.end and stage is not run.stages[-1]:
+    for phase in run.phases:
+        if run.first_step >= phase.end and phase is not run.phases[-1]:
             continue
         try:
-            loop, first_step = open_stage(run, stage, reporter)
+            loop, first_step = open_phase(run, phase, reporter)
         except KeyboardInterrupt:  # from here on the training loop watches for it, and saves
             return leave(130)
         except REQUEST_ERRORS as error:
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
             return give_up(error, step=loop.last_reported_step, timeout=run.timeout)
         if not outcome.is_complete:
             break
-        if stage is not run.stages[-1]:
+        if phase is not run.phases[-1]:
             loop.engine.destroy()
     finish(run, loop, outcome)
     if lock is not None:
@@ -111,13 +111,13 @@ def prepare(arguments) -> Run:
     recipe = apply_overrides(read_recipe(arguments.deepspeed_config), arguments)
     section = check_section(recipe)
     folder = arguments.output or default_output(arguments.deepspeed_config, section["seed"])
-    recipes = stage_recipes(recipe)
-    sections = [check_section(of_stage) for of_stage in recipes]
-    tasks = [build_task(of_stage, arguments.data) for of_stage in sections]
+    recipes = phase_recipes(recipe)
+    sections = [check_section(of_phase) for of_phase in recipes]
+    tasks = [build_task(of_phase, arguments.data) for of_phase in sections]
     lengths = [task.num_samples for task in tasks]
     drafts = [  # checked before anything is started
-        make_plan(of_stage, num_samples=num_samples, world_size=world_size, output=folder)
-        for of_stage, num_samples in zip(recipes, lengths, strict=True)
+        resolve(of_phase, num_samples=num_samples, world_size=world_size, output=folder)
+        for of_phase, num_samples in zip(recipes, lengths, strict=True)
     ]
     check_run_folder(folder, arguments.resume)
 
@@ -129,25 +129,25 @@ def prepare(arguments) -> Run:
     timeout = exits.timeout_of(section)
     init_distributed(timeout=timeout)
     checkpoints = os.path.join(folder, "checkpoints")
-    for line in {follow_storage(of_stage, checkpoints) for of_stage in recipes} - {""}:
+    for line in {follow_storage(of_phase, checkpoints) for of_phase in recipes} - {""}:
         if rank == 0:
             print(f"largebatch: {line}", flush=True)
-    automatic = [is_micro_batch_open(of_stage) for of_stage in recipes]
-    plans = []
+    automatic = [is_micro_batch_open(of_phase) for of_phase in recipes]
+    resolved_runs = []
     # nodes may not see the first one's folder
     earlier_configs = [broadcast(earlier_config(folder, position)) for position in range(len(recipes))]
-    for position, (of_stage, task) in enumerate(zip(recipes, tasks, strict=True)):
+    for position, (of_phase, task) in enumerate(zip(recipes, tasks, strict=True)):
         if automatic[position]:
             earlier = earlier_configs[position]
-            find_micro_batch(of_stage, task, earlier=earlier, world_size=world_size, output=folder)
-        plans.append(make_plan(of_stage, num_samples=task.num_samples, world_size=world_size, output=folder))
+            find_micro_batch(of_phase, task, earlier=earlier, world_size=world_size, output=folder)
+        resolved_runs.append(resolve(of_phase, num_samples=task.num_samples, world_size=world_size, output=folder))
     first_step = 0
     if arguments.resume:
         first_step = step_to_resume(checkpoints, rank, is_required=arguments.resume != "auto")
-    for earlier, plan in zip(earlier_configs, plans, strict=True):
+    for earlier, resolved in zip(earlier_configs, resolved_runs, strict=True):
         if first_step:
-            resuming.check_same_data(earlier, plan.config)
-    return Run(folder, make_stages(plans), tasks, automatic, first_step, rank, world_size, timeout)
+            resuming.check_same_data(earlier, resolved.config)
+    return Run(folder, make_phases(resolved_runs), tasks, automatic, first_step, rank, world_size, timeout)
 
 
 def step_to_resume(folder: str, rank: int, *, is_required: bool) -> int:
@@ -162,48 +162,51 @@ def step_to_resume(folder: str, rank: int, *, is_required: bool) -> int:
     return step
 
 
-def open_stage(run: Run, stage: Stage, reporter: Reporter | None) -> tuple[TrainingLoop, int]:
-    """Everything up to a stage's first step, which may be another than 0 if the run is resumed.
+def open_phase(run: Run, phase: Phase, reporter: Reporter | None) -> tuple[TrainingLoop, int]:
+    """Everything up to a phase's first step, which may be another than 0 if the run is resumed.
 
     Args:
-        reporter: of the stage before, None for the first.
+        reporter: of the phase before, None for the first.
     """
-    task = run.tasks[stage.number]
-    engine, batch_norm, monitor = build_engine(task, stage.plan, world_size=run.world_size)
+    task = run.tasks[phase.number]
+    engine, batch_norm, monitor = build_engine(task, phase.resolved, world_size=run.world_size)
     set_timeout_of_all_groups(run.timeout)
     first_step = 0
-    if run.first_step > stage.first_step:
+    if run.first_step > phase.first_step:
         resuming.load(engine, run.checkpoints, run.first_step, rank=run.rank)
-        first_step = run.first_step - stage.first_step
-    elif stage.number:
-        resuming.load_for_next_stage(engine, run.checkpoints, stage.first_step, rank=run.rank)
+        first_step = run.first_step - phase.first_step
+    elif phase.number:
+        resuming.load_for_next_phase(engine, run.checkpoints, phase.first_step, rank=run.rank)
     if reporter is None:
         if run.first_step:  # what is there stays as it is until the checkpoint has been taken
             write_configs(run)
         if run.rank == 0 and os.path.exists(run.metrics):  # of the run that is continued
-            discard_after(run.metrics, run.first_step, is_last=run.first_step == run.stages[-1].end)
+            discard_after(run.metrics, run.first_step, is_last=run.first_step == run.phases[-1].end)
         reporter = Reporter(
             run.metrics,
             monitor,
             rank=run.rank,
-            num_samples=stage.total_samples,
-            samples_done=stage.first_sample + first_step * stage.plan.global_batch,
+            num_samples=phase.total_samples,
+            samples_done=phase.first_sample + first_step * phase.resolved.global_batch,
             sample_name=task.sample_name,
         )
     reporter.follow(monitor)
-    announce(reporter, engine, run, stage, first_step, batch_norm)
-    loop = TrainingLoop(engine, stage, task, reporter, folder=run.checkpoints, rank=run.rank, world_size=run.world_size)
+    announce(reporter, engine, run, phase, first_step, batch_norm)
+    loop = TrainingLoop(engine, phase, task, reporter, folder=run.checkpoints, rank=run.rank, world_size=run.world_size)
     return loop, first_step
 
 
 def earlier_config(folder: str, position: int) -> dict[str, Any] | None:
-    """The filled-in config with which a run that is to be resumed has trained a stage."""
-    path = os.path.join(folder, config_name(position))
-    return read_json(path, f"the config {path!r} of the run") if os.path.lexists(path) else None
+    """The filled-in config with which a run that is to be resumed has trained a phase."""
+    name = config_name(position)
+    for path in (os.path.join(folder, n) for n in (name, name.replace("phase", "stage"))):  # earlier versions' name
+        if os.path.lexists(path):
+            return read_json(path, f"the config {path!r} of the run")
+    return None
 
 
 def config_name(position: int) -> str:
-    return "ds_config.json" if position == 0 else f"ds_config_stage{position + 1}.json"
+    return "ds_config.json" if position == 0 else f"ds_config_phase{position + 1}.json"
 
 
 def default_output(config_path: str, seed: int) -> str:
@@ -232,9 +235,9 @@ def write_configs(run: Run) -> None:
     if run.rank == 0:
         try:
             os.makedirs(run.folder, exist_ok=True)
-            for stage in run.stages:
-                text = json.dumps(stage.plan.config, indent=2) + "\n"
-                step_folders.write_text(os.path.join(run.folder, config_name(stage.number)), text)
+            for phase in run.phases:
+                text = json.dumps(phase.resolved.config, indent=2) + "\n"
+                step_folders.write_text(os.path.join(run.folder, config_name(phase.number)), text)
         except OSError as error:
             reason = str(error)
     reason = broadcast(reason)
@@ -242,39 +245,39 @@ def write_configs(run: Run) -> None:
         raise ValueError(f"--output {run.folder!r} cannot be written: {reason}")
 
 
-def announce(reporter: Reporter, engine: Any, run: Run, stage: Stage, first_step: int, batch_norm: str) -> None:
+def announce(reporter: Reporter, engine: Any, run: Run, phase: Phase, first_step: int, batch_norm: str) -> None:
     """Everything in force, and the filled-in config."""
-    plan, task = stage.plan, run.tasks[stage.number]
+    resolved, task = phase.resolved, run.tasks[phase.number]
     precision = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
-    optimizer = plan.config["optimizer"]
+    optimizer = resolved.config["optimizer"]
     clipping = engine.gradient_clipping()
-    is_automatic = run.is_micro_batch_automatic[stage.number]
+    is_automatic = run.is_micro_batch_automatic[phase.number]
     reporter.say(
-        f"{f'stage {stage.number + 1} of {stage.num_stages}: ' if stage.num_stages > 1 else ''}"
+        f"{f'phase {phase.number + 1} of {phase.num_phases}: ' if phase.num_phases > 1 else ''}"
         f"{task.description}, {optimizer['type']} lr "
-        f"{optimizer.get('params', {}).get('lr')}, global batch {plan.global_batch} = {plan.micro_batch} x "
-        f"{plan.accumulation_steps} accumulation steps x {run.world_size} ranks on {engine.device.type}, {plan.num_steps} "
+        f"{optimizer.get('params', {}).get('lr')}, global batch {resolved.global_batch} = {resolved.micro_batch} x "
+        f"{resolved.accumulation_steps} accumulation steps x {run.world_size} ranks on {engine.device.type}, {resolved.num_steps} "
         f"steps{f' from step {first_step}' if first_step else ''}, {precision}, ZeRO stage "
         f"{engine.zero_optimization_stage()}, gradient clipping {f'at {clipping}' if clipping else 'off'}, seed "
-        f"{plan.section['seed']}"
+        f"{resolved.section['seed']}"
     )
     if batch_norm:
         reporter.say(batch_norm)
-        if is_automatic and "span" not in plan.section["batch_norm"]:
+        if is_automatic and "ghost_batch_size" not in resolved.section["batch_norm"]:
             reporter.say(
-                f"warning: the micro-batch of {plan.micro_batch} was chosen for this machine, and batch normalisation goes "
-                "over it, so that another machine trains another network; set largebatch.batch_norm.span"
+                f"warning: the micro-batch of {resolved.micro_batch} was chosen for this machine, and batch normalisation goes "
+                "over it, so that another machine trains another network; set largebatch.batch_norm.ghost_batch_size"
             )
     if first_step:
         return
-    if stage.number:
-        reporter.event("stage", step=stage.first_step, stage=stage.number + 1, config=plan.config)
+    if phase.number:
+        reporter.event("phase", step=phase.first_step, phase=phase.number + 1, config=resolved.config)
         return
-    reporter.say(f"ds_config with every 'auto' filled in: {json.dumps(plan.config)}")
+    reporter.say(f"ds_config with every 'auto' filled in: {json.dumps(resolved.config)}")
     excluded = getattr(engine.basic_optimizer, "excluded_layers", [])
     reporter.event(
         "start",
-        config=plan.config,
+        config=resolved.config,
         world_size=run.world_size,
         device=str(engine.device.type),
         excluded={p.name: {"is_adapted": p.is_adapted, "is_decayed": p.is_decayed} for p in excluded},
@@ -287,20 +290,20 @@ def finish(run: Run, loop: TrainingLoop, outcome: Outcome) -> None:
     means = mean_of_last_evaluations(run.metrics) if run.rank == 0 else {}
     if outcome.is_complete:
         speed = {speed_name(loop.task): outcome.samples_per_second}
-        reporter.event("end", step=outcome.step, **speed, **outcome.figures, **means)
+        reporter.event("end", step=outcome.step, **speed, **outcome.metrics, **means)
     reporter.close()
     if run.rank != 0:
         return
     if outcome.is_complete:
         print(
-            f"{loop.task.summary(outcome.figures)} after {outcome.step} steps, {outcome.samples_per_second:.0f} "
+            f"{loop.task.summary(outcome.metrics)} after {outcome.step} steps, {outcome.samples_per_second:.0f} "
             f"{loop.task.sample_name}/s"
         )
         for name, value in means.items():
             print(f"{name}: {value:.4f}")
     else:
-        print(f"interrupted after {outcome.step} of {loop.stage.total_steps} steps; continue with --resume")
-    tensorboard = loop.plan.config["tensorboard"]
+        print(f"interrupted after {outcome.step} of {loop.phase.total_steps} steps; continue with --resume")
+    tensorboard = loop.resolved.config["tensorboard"]
     print(f"metrics: {run.metrics}")
     if tensorboard.get("enabled"):
         print(f"tensorboard: {os.path.join(tensorboard['output_path'], tensorboard['job_name'])}")

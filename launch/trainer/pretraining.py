@@ -142,10 +142,10 @@ class Pretraining:
             "test_loss": (mlm_loss + nsp_loss) / num_samples,
         }
 
-    def summary(self, figures: dict[str, float]) -> str:
+    def summary(self, metrics: dict[str, float]) -> str:
         return (
-            f"test accuracy: masked tokens {figures['mlm_accuracy']:.4f}, next sentence {figures['nsp_accuracy']:.4f}; loss "
-            f"{figures['test_loss']:.4f}"
+            f"test accuracy: masked tokens {metrics['mlm_accuracy']:.4f}, next sentence {metrics['nsp_accuracy']:.4f}; loss "
+            f"{metrics['test_loss']:.4f}"
         )
 
 

@@ -144,7 +144,7 @@ def discard_after(path: str, step: int, *, is_last: bool = False) -> None:
         is_repeated = (
             record["event"] in ("end", "interrupted")
             or (record["event"] == "start" and not step)
-            or (record["event"] == "stage" and record.get("step") == step)
+            or (record["event"] in ("phase", "stage") and record.get("step") == step)
             or (record["event"] == "evaluation" and record.get("step") == step and is_last)
         )
         if not is_repeated and record.get("step", 0) <= step:
@@ -160,7 +160,7 @@ def discard_after(path: str, step: int, *, is_last: bool = False) -> None:
 
 
 def mean_of_last_evaluations(path: str) -> dict[str, float]:
-    """{"<figure>_mean_of_last_5": mean} of the figure of merit, as the LARS paper reports accuracies; empty for fewer than 5.
+    """{"<metric>_mean_of_last_5": mean} of the main metric, as the LARS paper reports accuracies; empty for fewer than 5.
 
     Args:
         path: of a metrics file. With the recipes' one evaluation an epoch these are the last five epochs.

@@ -20,7 +20,7 @@ class TakenStep:
         agreed: [3 + ranks] fp64, summed over the ranks: loss, requests to stop, seconds of the step before, then each rank's
             own time.
         fields: of its line in the metrics file, known at once.
-        layers: of its layers, and their figures on their way; None if they are not wanted.
+        layers: of its layers, and their metrics on their way; None if they are not wanted.
     """
 
     step: int
@@ -67,7 +67,7 @@ def report_step(
     """Tells of a step that the device has finished.
 
     Args:
-        loss: the mean over the global batch. step, num_samples: of the whole run so far. epoch: of the stage.
+        loss: the mean over the global batch. step, num_samples: of the whole run so far. epoch: of the phase.
         speed: {what it is called: samples a second}.
     """
     reporter.status(loss=f"{loss:.4f}", lr=f"{taken.fields['lr']:.4g}", step=f"{step}/{total_steps}")
@@ -77,11 +77,11 @@ def report_step(
         scalars["loss_scale"] = taken.fields["loss_scale"]
     tagged = {f"Train/{name}": value for name, value in scalars.items()}
     if taken.layers is not None:
-        layers = merged(stats._replace(figures=figures.values()) for stats, figures in taken.layers)
+        layers = merged(stats._replace(figures=metrics.values()) for stats, metrics in taken.layers)
         reporter.event("layers", step=step, layers=layers)
-        for name, figures in layers.items():
+        for name, metrics in layers.items():
             tagged |= {
-                f"{tag_of(figure)}/{name}": value for figure, value in figures.items() if figure != "weight_decay"
+                f"{tag_of(metric)}/{name}": value for metric, value in metrics.items() if metric != "weight_decay"
             }
         over_layers = {
             f"Layers/{key}": [f[key] for f in layers.values() if key in f] for key in ("trust_ratio", "local_lr")
@@ -90,9 +90,9 @@ def report_step(
     reporter.scalars(tagged, num_samples)
 
 
-def tag_of(figure: str) -> str:
+def tag_of(metric: str) -> str:
     """ "trust_ratio" -> "TrustRatio", "local_lr" -> "LocalLR"."""
-    return "".join(word.upper() if word == "lr" else word.capitalize() for word in figure.split("_"))
+    return "".join(word.upper() if word == "lr" else word.capitalize() for word in metric.split("_"))
 
 
 def speed_name(task: Task) -> str:

@@ -1,4 +1,4 @@
-"""What is trained: a model, the batches that it sees, its loss and its figures of merit."""
+"""What is trained: a model, the batches that it sees, its loss and its metrics."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ class Task(Protocol):
     def evaluate(
         self, model: nn.Module, *, dtype: torch.dtype, rank: int, world_size: int, device: torch.device
     ) -> dict[str, float]:
-        """Figures of merit on the whole test set, the same on every rank. A collective.
+        """Metrics on the whole test set, the same on every rank. A collective.
 
-        Each sample is counted once over all ranks. The first figure is the one of merit; names are those of the recipe's
+        Each sample is counted once over all ranks. The first metric is the main one; names are those of the recipe's
         "expected" ("top1"). Leaves the model in the mode, training or not, in which it found it.
         """
 
-    def summary(self, figures: dict[str, float]) -> str:
-        """The figures of ``evaluate`` in words, e.g. "test accuracy: top-1 0.9870, top-5 1.0000"."""
+    def summary(self, metrics: dict[str, float]) -> str:
+        """The metrics of ``evaluate`` in words, e.g. "test accuracy: top-1 0.9870, top-5 1.0000"."""
 
 
 def build_task(section: dict[str, Any], folder: str | None) -> Task:

@@ -201,12 +201,14 @@ def nearest_batches(global_batch: int, unit: int) -> tuple[int, int]:
     return max(below, unit), below + unit
 
 
-def batch_unit(world_size: int, span: int | None, global_batch: int, is_even: bool = False) -> int:
+def batch_unit(world_size: int, ghost_batch_size: int | None, global_batch: int, is_even: bool = False) -> int:
     """What a planned batch is a multiple of where the one asked for does not divide.
 
-    Each rank gets micro-batches of at least EFFICIENT_MICRO_BATCH if there is enough, or of the span of batch normalisation.
+    Each rank gets micro-batches of at least EFFICIENT_MICRO_BATCH if there is enough, or of the ghost batch size.
     """
-    piece = span or max(n for n in (1, 2, 4, EFFICIENT_MICRO_BATCH) if n == 1 or n * world_size <= global_batch)
+    piece = ghost_batch_size or max(
+        n for n in (1, 2, 4, EFFICIENT_MICRO_BATCH) if n == 1 or n * world_size <= global_batch
+    )
     return world_size * (math.lcm(piece, 2) if is_even else piece)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from largebatch.launch.commands import plan as plan_command
 from largebatch.launch.recipe.reading import load_recipes
-from largebatch.launch.recipe.resolved_run import make_plan
+from largebatch.launch.recipe.resolved_run import resolve
 from largebatch.launch.sizing import scaled_recipe
 from largebatch.planning.activations import probe
 
@@ -33,9 +33,9 @@ def test_what_is_written_is_what_the_trainer_runs(capsys, tmp_path):
     code, out, _ = run(capsys, *MLP, "--global-batch", 960, "--output", path)
     assert code == 0 and f"wrote {path}" in out
     config = json.loads(path.read_text())
-    plan = make_plan(config, num_samples=1437, world_size=2, output="runs")
+    plan = resolve(config, num_samples=1437, world_size=2, output="runs")
     assert (plan.global_batch, plan.micro_batch, plan.accumulation_steps) == (960, 240, 2)
-    at_480 = make_plan(load_recipes()["lenet_digits_lamb_480"], num_samples=1437, world_size=2, output="runs").config
+    at_480 = resolve(load_recipes()["lenet_digits_lamb_480"], num_samples=1437, world_size=2, output="runs").config
     assert config["optimizer"]["params"]["lr"] == pytest.approx(at_480["optimizer"]["params"]["lr"] * 2**0.5, rel=1e-5)
     assert "auto" not in json.dumps(plan.config)
 
@@ -100,8 +100,8 @@ def test_little_memory_makes_a_smaller_micro_batch(capsys):
         ((*MLP, "--rule", "table"), "--rule table is of the LARS paper"),
         ((*MLP, "--network", "10gbe"), "--network is between nodes and there is one"),
         ((*MLP, "--nodes", "2", "--network", "10gb"), "expected one of 1gbe"),
-        ((*MLP, "--recipe-stage", "1"), "has no stages; leave it out"),
-        (("--recipe", "bert_text_lamb_32k", "--gpus", "1"), "has 2 stages, each a plan of its own"),
+        ((*MLP, "--recipe-phase", "1"), "has no phases; leave it out"),
+        (("--recipe", "bert_text_lamb_32k", "--gpus", "1"), "has 2 phases, each a plan of its own"),
         (("--recipe", "lenet_mnist_lars_8k", "--gpus", "1", "--global-batch", "4096"), "no table for 'lenet'.*--rule sqrt"),
         (
             ("--recipe", "resnet50_imagenet_lars_4k_mlperf", "--gpus", "1", "--global-batch", "2048"),

@@ -123,4 +123,4 @@ def test_the_best_evaluation_is_kept(rank_pool, tmp_path):
     checkpoints = str(tmp_path / "checkpoints")
     assert step_folders.pointed_to(checkpoints, "best") == best
     assert set(step_folders.steps_in(checkpoints)) == {best, 45}
-    assert step_folders.read_manifest(os.path.join(checkpoints, f"step{best}"))["figures"]["test_loss"] == losses[best]
+    assert step_folders.read_manifest(os.path.join(checkpoints, f"step{best}"))["metrics"]["test_loss"] == losses[best]

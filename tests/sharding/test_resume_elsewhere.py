@@ -74,7 +74,7 @@ def test_from_fp32_to_bf16(rank_pool, tmp_path, whole_run):
 def refusal(argv, on_own_nodes=False):
     with trainer_runs.launched(on_own_nodes), pytest.raises(ValueError) as error:
         run = train.prepare(train.parse_arguments([str(a) for a in argv]))
-        train.open_stage(run, run.stages[-1], None)
+        train.open_phase(run, run.phases[-1], None)
     return str(error.value)
 
 

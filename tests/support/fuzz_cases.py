@@ -93,11 +93,11 @@ ENGINES = []
 @contextlib.contextmanager
 def few_steps(seen):
     """Stops training as Ctrl-C does, after a few steps or a second; keeps what ``refuse`` is told and the data sets read."""
-    open_stage, refuse, load = train.open_stage, train.refuse, sources.load_data
+    open_phase, refuse, load = train.open_phase, train.refuse, sources.load_data
     started = []
 
     def open_limited(run, stage, reporter):
-        loop, first_step = open_stage(run, stage, reporter)
+        loop, first_step = open_phase(run, stage, reporter)
         started.append(time.monotonic())
         ENGINES.append(loop.engine)
         train_one_step, ask = loop._train_one_step, loop._is_interrupted
@@ -131,7 +131,7 @@ def few_steps(seen):
     from largebatch.launch.trainer import classification
 
     with (
-        patched(train, open_stage=open_limited, refuse=kept, leave=lambda code: code),
+        patched(train, open_phase=open_limited, refuse=kept, leave=lambda code: code),
         patched(exits, leave=lambda code: code),
         patched(classification, load_data=load_once),
     ):

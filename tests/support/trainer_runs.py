@@ -49,11 +49,11 @@ def run_trainer(arguments, stop_after=None, on_own_nodes=False):
         run = train.prepare(parse_arguments([str(a) for a in arguments]))
         train.write_configs(run)
         reporter = None
-        for stage in run.stages:
-            if run.first_step >= stage.end and stage is not run.stages[-1]:
+        for phase in run.phases:
+            if run.first_step >= phase.end and phase is not run.phases[-1]:
                 continue
-            loop, first_step = train.open_stage(run, stage, reporter)
-            if stop_after is not None and stop_after < stage.end:
+            loop, first_step = train.open_phase(run, phase, reporter)
+            if stop_after is not None and stop_after < phase.end:
                 ask_to_stop(loop, stop_after)
             outcome = loop.run(first_step)
             reporter = loop.reporter
@@ -62,7 +62,7 @@ def run_trainer(arguments, stop_after=None, on_own_nodes=False):
             if not outcome.is_complete:
                 break
         reporter.close()
-    return weights, outcome.step, stage.plan.micro_batch
+    return weights, outcome.step, phase.resolved.micro_batch
 
 
 def ask_to_stop(loop, step):

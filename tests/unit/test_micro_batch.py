@@ -89,20 +89,27 @@ def test_silent_collectives_wait_for_nobody_and_end(rank_pool):
     assert rank_pool.run(2, communicate_in_silence) == [[1.0] * 6] * 2
 
 
-def with_batch_norm(span, mixup=0.0, batch=480):
+def with_batch_norm(ghost_batch_size, mixup=0.0, batch=480):
     recipe = {
-        "largebatch": {"model": "lenet", "data": "digits", "epochs": 1, "batch_norm": {"span": span}, "mixup": mixup}
+        "largebatch": {
+            "model": "lenet",
+            "data": "digits",
+            "epochs": 1,
+            "batch_norm": {"ghost_batch_size": ghost_batch_size},
+            "mixup": mixup,
+        }
     }
     return recipe | {"largebatch": check_section(recipe), "train_batch_size": batch}
 
 
-def test_candidates_keep_the_batch_the_span_and_pairs():
+def test_candidates_keep_the_batch_the_ghosts_and_pairs():
     assert micro_batch_candidates(with_batch_norm("micro_batch", batch=24), 2) == [1, 2, 3, 4, 6, 12]
     assert micro_batch_candidates(with_batch_norm("micro_batch", 0.2, batch=24), 2) == [2, 4, 6, 12]
     # 4 images: of one rank, or of two with 2 each
     assert micro_batch_candidates(with_batch_norm(4, batch=48), 2) == [2, 4, 8, 12, 24]
     with pytest.raises(
-        ValueError, match="cannot make with largebatch.batch_norm.span 32; nearest that they can: 448 or 512"
+        ValueError,
+        match="cannot make with largebatch.batch_norm.ghost_batch_size 32; nearest that they can: 448 or 512",
     ):
         micro_batch_candidates(with_batch_norm(32, batch=500), 2)
 

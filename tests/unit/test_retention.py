@@ -12,21 +12,21 @@ from largebatch.launch.trainer.saving import step_folders
 from largebatch.launch.trainer.saving.retention import BEST, Retention
 
 
-def written(folder, step, **figures):
+def written(folder, step, **metrics):
     """A whole checkpoint, which ``latest`` names from then on."""
     checkpoint = folder / step_folders.name_of(step)
     checkpoint.mkdir(parents=True)
     (checkpoint / "weights.pt").write_bytes(b"weights")
     found = step_folders.entries(str(checkpoint), step_folders.files_in(str(checkpoint)))
-    step_folders.write_manifest(str(checkpoint), found, step=step, figures=figures)
+    step_folders.write_manifest(str(checkpoint), found, step=step, metrics=metrics)
     step_folders.point_to(str(folder), step)
     return checkpoint
 
 
 def kept_after(folder, retention, history):
     """Steps that are there once all of a history were saved, one after the other."""
-    for step, figures in history:
-        written(folder, step, **figures)
+    for step, metrics in history:
+        written(folder, step, **metrics)
         retention.apply(str(folder), step)
     return step_folders.steps_in(str(folder))
 
@@ -65,18 +65,18 @@ def test_later_steps_are_not_touched_and_do_not_count(tmp_path):
 
 @settings(max_examples=25, deadline=None)
 @given(
-    figures=st.lists(st.one_of(st.none(), st.floats(allow_infinity=False)), min_size=1, max_size=8),
+    metrics=st.lists(st.one_of(st.none(), st.floats(allow_infinity=False)), min_size=1, max_size=8),
     last=st.integers(1, 4),
     name=st.sampled_from(["top1", "test_loss"]),
 )
-def test_what_is_always_true(tmp_path_factory, figures, last, name):
+def test_what_is_always_true(tmp_path_factory, metrics, last, name):
     folder = tmp_path_factory.mktemp("kept")
-    history = [(step, {} if value is None else {name: value}) for step, value in enumerate(figures)]
+    history = [(step, {} if value is None else {name: value}) for step, value in enumerate(metrics)]
     kept = kept_after(folder, Retention(last, name), history)
-    assert kept[:last] == list(range(len(figures)))[::-1][:last]
-    known = [value for value in figures if value is not None and not math.isnan(value)]
+    assert kept[:last] == list(range(len(metrics)))[::-1][:last]
+    known = [value for value in metrics if value is not None and not math.isnan(value)]
     if known:
-        wanted = figures.index(min(known) if name == "test_loss" else max(known))
+        wanted = metrics.index(min(known) if name == "test_loss" else max(known))
         assert step_folders.pointed_to(str(folder), BEST) == wanted and wanted in kept
     assert len(kept) <= last + 1
     assert all(not step_folders.faults(str(folder / step_folders.name_of(step))) for step in kept)
@@ -104,3 +104,11 @@ def test_a_pointer_that_names_nothing(tmp_path, text):
     if text is not None:
         (tmp_path / "latest").write_text(text)
     assert step_folders.pointed_to(str(tmp_path)) is None
+
+
+def test_metrics_of_an_earlier_version(tmp_path):
+    """Its manifests call them figures."""
+    written(tmp_path, 1, top1=0.5)
+    manifest = tmp_path / "step1" / step_folders.MANIFEST
+    manifest.write_text(manifest.read_text().replace('"metrics"', '"figures"'))
+    assert Retention(metric="top1").best(str(tmp_path), 1) == (1, 0.5)

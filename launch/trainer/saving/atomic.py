@@ -42,14 +42,14 @@ class Attempt:
 
     Attributes:
         partial: the folder in which it is put together. final: the one whose name it gets.
-        figures: of the evaluation after the same step; empty without one.
+        metrics: of the evaluation after the same step; empty without one.
     """
 
     folder: str
     step: int
     storage: Storage
     retention: Retention
-    figures: dict[str, float]
+    metrics: dict[str, float]
 
     @property
     def final(self) -> str:
@@ -67,13 +67,13 @@ def save(
     *,
     rank: int,
     retention: Retention = KEEP_ALL,
-    figures: dict[str, float] | None = None,
+    metrics: dict[str, float] | None = None,
 ) -> str:
     """Writes ``folder/step<N>`` on all ranks; it appears, and ``latest`` names it, only once it is complete on the disk.
 
     Args:
         retention: which checkpoints are kept; the others are removed once this one is complete.
-        figures: of the evaluation after this step, kept with the checkpoint.
+        metrics: of the evaluation after this step, kept with the checkpoint.
 
     Returns:
         The checkpoint's path.
@@ -83,7 +83,7 @@ def save(
         CheckpointNotRemovedError: on all ranks, if it is complete, but an old one could not be removed.
     """
     write_file = engine.checkpoint_engine.save
-    attempt = begin(folder, step, retention, figures)
+    attempt = begin(folder, step, retention, metrics)
     errors: list[str] = []
 
     def write(state: Any, path: str) -> None:
@@ -96,13 +96,13 @@ def save(
     return attempt.final
 
 
-def begin(folder: str, step: int, retention: Retention, figures: dict[str, float] | None) -> Attempt:
+def begin(folder: str, step: int, retention: Retention, metrics: dict[str, float] | None) -> Attempt:
     """Makes the folder in which a checkpoint is put together."""
     errors: list[str] = []
     with collected_errors(errors):
         os.makedirs(folder, exist_ok=True)
     raise_together(step, errors)
-    attempt = Attempt(folder, step, storage_of(os.path.abspath(folder)), retention, figures or {})
+    attempt = Attempt(folder, step, storage_of(os.path.abspath(folder)), retention, metrics or {})
     with collected_errors(errors):
         if attempt.storage.is_owner:
             step_folders.remove_unfinished(folder)
@@ -152,7 +152,7 @@ def complete(attempt: Attempt, errors: list[str], group: dist.ProcessGroup | Non
         if storage.is_owner:
             found = {k: v for owner, part in everywhere if owner == partial_id(storage) for k, v in part.items()}
             step_folders.write_manifest(
-                partial, found, step=step, world_size=dist.get_world_size(), figures=attempt.figures
+                partial, found, step=step, world_size=dist.get_world_size(), metrics=attempt.metrics
             )
             put_in_place(partial, attempt.final)
             step_folders.point_to(attempt.folder, step)

@@ -70,7 +70,7 @@ class BackgroundSaving:
         step: int,
         *,
         retention: Retention = KEEP_ALL,
-        figures: dict[str, float] | None = None,
+        metrics: dict[str, float] | None = None,
     ) -> None:
         """Copies the state to host memory and begins to write it as ``atomic.save`` would. Call ``finish`` before.
 
@@ -79,7 +79,7 @@ class BackgroundSaving:
         """
         assert self.thread is None, "one checkpoint at a time"
         write_file = self.engine.checkpoint_engine.save
-        attempt = atomic.begin(folder, step, retention, figures)
+        attempt = atomic.begin(folder, step, retention, metrics)
         errors: list[str] = []
         copies: list[tuple[Any, str]] = []
 

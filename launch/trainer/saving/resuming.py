@@ -76,8 +76,8 @@ def read_errors(folder: str, step: int) -> Iterator[None]:
         ) from error
 
 
-def load_for_next_stage(engine: Any, folder: str, step: int, *, rank: int) -> None:
-    """Weights and optimizer state of a checkpoint; hyperparameters and schedule stay those of this stage."""
+def load_for_next_phase(engine: Any, folder: str, step: int, *, rank: int) -> None:
+    """Weights and optimizer state of a checkpoint; hyperparameters and schedule stay those of this phase."""
     optimizer = engine.basic_optimizer
     own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     engine.load_checkpoint(folder, tag=step_folders.name_of(step), load_lr_scheduler_states=False)
@@ -94,7 +94,7 @@ def check_same_data(earlier: dict[str, Any] | None, config: dict[str, Any]) -> N
     """The number of ranks, the micro-batch, precision and ZeRO stage may change between a run and its resumption; these not.
 
     Args:
-        earlier, config: filled-in configs of a stage: of the run that is to be resumed (None if not known), and now.
+        earlier, config: filled-in configs of a phase: of the run that is to be resumed (None if not known), and now.
 
     Raises:
         ValueError: naming the entry and both values.

@@ -22,36 +22,37 @@ class Retention:
 
     Attributes:
         last: of the checkpoints up to the new one, so many of the newest; None: all of them.
-        figure: of the evaluations; the checkpoint with the best is named by ``best`` and kept. None: none is.
+        metric: of the evaluations; the checkpoint with the best is named by ``best`` and kept. None: none is.
     """
 
     last: int | None = None
-    figure: str | None = None
+    metric: str | None = None
 
     @classmethod
     def of(cls, section: dict[str, Any]) -> Retention:
         """What a recipe's section asks for."""
         return cls(section["keep_last"], section["keep_best"])
 
-    def is_better(self, figure: float, than: float | None) -> bool:
-        """Whether a figure beats another, or is the first. An equal one does not, and NaN never does; losses go down."""
-        if math.isnan(figure):
+    def is_better(self, metric: float, than: float | None) -> bool:
+        """Whether a metric beats another, or is the first. An equal one does not, and NaN never does; losses go down."""
+        if math.isnan(metric):
             return False
         if than is None:
             return True
-        return figure < than if self.figure.endswith("loss") else figure > than
+        return metric < than if self.metric.endswith("loss") else metric > than
 
     def best(self, folder: str, last_step: int) -> tuple[int, float] | None:
-        """(step, figure) of the best checkpoint, up to a step, that was saved right after an evaluation.
+        """(step, metric) of the best checkpoint, up to a step, that was saved right after an evaluation.
 
         Of equals it is the earliest.
         """
         found = None
-        for step in sorted(step for step in step_folders.steps_in(folder) if step <= last_step) if self.figure else []:
+        for step in sorted(step for step in step_folders.steps_in(folder) if step <= last_step) if self.metric else []:
             manifest = step_folders.read_manifest(os.path.join(folder, step_folders.name_of(step))) or {}
-            figure = (manifest.get("figures") or {}).get(self.figure)
-            if figure is not None and self.is_better(figure, found[1] if found else None):
-                found = step, figure
+            # earlier versions wrote "figures"
+            metric = (manifest.get("metrics") or manifest.get("figures") or {}).get(self.metric)
+            if metric is not None and self.is_better(metric, found[1] if found else None):
+                found = step, metric
         return found
 
     def apply(self, folder: str, newest: int) -> None:

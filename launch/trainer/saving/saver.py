@@ -12,7 +12,7 @@ from largebatch.launch.trainer.saving.storage import broadcast
 
 
 class Saver:
-    """The checkpoints of one stage of a run. All methods are collectives but ``poll``.
+    """The checkpoints of one phase of a run. All methods are collectives but ``poll``.
 
     Args:
         engine: what deepspeed.initialize returned.
@@ -30,28 +30,28 @@ class Saver:
         self.background = BackgroundSaving(engine, rank=rank) if section["save_in_background"] else None
         self.step_under_way = 0
         self.is_told = False
-        self.best_figure: float | None = None
+        self.best_metric: float | None = None
         self.is_best_known = False
 
-    def is_best(self, step: int, figures: dict[str, float]) -> bool:
+    def is_best(self, step: int, metrics: dict[str, float]) -> bool:
         """Whether a checkpoint after this evaluation would be the best so far."""
-        if self.retention.figure is None:
+        if self.retention.metric is None:
             return False
         if not self.is_best_known:
             found = broadcast(self.retention.best(self.folder, step - 1) if self.rank == 0 else None)
-            self.best_figure, self.is_best_known = found[1] if found else None, True
-        return self.retention.is_better(figures[self.retention.figure], self.best_figure)
+            self.best_metric, self.is_best_known = found[1] if found else None, True
+        return self.retention.is_better(metrics[self.retention.metric], self.best_metric)
 
-    def on_the_way(self, step: int, figures: dict[str, float]) -> None:
+    def on_the_way(self, step: int, metrics: dict[str, float]) -> None:
         """A checkpoint that cannot be written is told of, and training goes on: the ones before are there.
 
         Args:
-            step: of the whole run. figures: of the evaluation after it; empty without one.
+            step: of the whole run. metrics: of the evaluation after it; empty without one.
         """
         self._finish()
-        if figures and self.is_best(step, figures):
-            self.best_figure = figures[self.retention.figure]
-        options = {"retention": self.retention, "figures": figures}
+        if metrics and self.is_best(step, metrics):
+            self.best_metric = metrics[self.retention.metric]
+        options = {"retention": self.retention, "metrics": metrics}
         try:
             if self.background is None:
                 atomic.save(self.engine, self.folder, step, rank=self.rank, **options)
@@ -62,7 +62,7 @@ class Saver:
             self.is_best_known = False
             self._tell(step, error)
 
-    def at_end(self, step: int, figures: dict[str, float]) -> str:
+    def at_end(self, step: int, metrics: dict[str, float]) -> str:
         """Writes the last checkpoint and waits for all; returns its path.
 
         Raises:
@@ -71,7 +71,7 @@ class Saver:
         self._finish()
         try:
             return atomic.save(
-                self.engine, self.folder, step, rank=self.rank, retention=self.retention, figures=figures
+                self.engine, self.folder, step, rank=self.rank, retention=self.retention, metrics=metrics
             )
         except atomic.CheckpointNotRemovedError as error:
             self._tell(step, error)

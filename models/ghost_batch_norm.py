@@ -1,6 +1,6 @@
 """A batch normalisation layer whose statistics go over ghost batches, a micro-batch, or those of several ranks.
 
-What a span is, and how it is set: batch_norm.py.
+What a ghost batch is, and how it is set: batch_norm.py.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ def shared_statistics(mean: Tensor, variance: Tensor, ranks: NeighbouringRanks) 
     return mean, variances.mean(0) + (means - mean).square().mean(0)
 
 
-class SpanBatchNorm(_BatchNorm):
-    """Batch normalisation with a span, and running statistics in fp32. State dict as that of torch's.
+class GhostBatchNorm(_BatchNorm):
+    """Batch normalisation over ghost batches, with running statistics in fp32. State dict as that of torch's.
 
     Takes over the parameters and buffers of the layer that it replaces.
 
@@ -173,11 +173,11 @@ class SpanBatchNorm(_BatchNorm):
             return self._native(x, use_batch)
         ghost_size = self.ghost_size or len(x)
         if len(x) % ghost_size:
-            raise ValueError(f"the span of batch normalisation is {ghost_size} images and a micro-batch has {len(x)}")
+            raise ValueError(f"the ghost batch size is {ghost_size} images and a micro-batch has {len(x)}")
         num_values = ghost_size * (x.numel() // (len(x) * x.shape[1])) * (self.ranks.size if self.ranks else 1)
         if num_values == 1:
             raise ValueError(
-                f"batch normalisation over one value per channel, got input {tuple(x.shape)}; use a larger span"
+                f"batch normalisation over one value per channel, got input {tuple(x.shape)}; use larger ghost batches"
             )
         y, mean, variance = Normalise.apply(x, self.weight, self.bias, self.eps, len(x) // ghost_size, self.ranks)
         if self.running_mean is not None and self.running_var is not None:
@@ -201,7 +201,7 @@ class SpanBatchNorm(_BatchNorm):
         return 1.0 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
 
     def extra_repr(self) -> str:
-        span = (
+        over = (
             f", ghost_size={self.ghost_size}" if self.ghost_size else f", ranks={self.ranks.size}" if self.ranks else ""
         )
-        return super().extra_repr() + span
+        return super().extra_repr() + over
