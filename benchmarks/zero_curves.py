@@ -39,7 +39,7 @@ def work(arguments: argparse.Namespace) -> None:
     from largebatch.engine.initialization import init_distributed, prepare_deepspeed
     from largebatch.launch.data.image_loader import ImageLoader
     from largebatch.launch.data.sources import load_data
-    from largebatch.models.registry import build_model
+    from largebatch.models.catalogue import build_model
 
     prepare_deepspeed()
     init_distributed()

@@ -76,24 +76,24 @@ def main(argv: list[str] | None = None) -> int:
 def run(arguments: argparse.Namespace) -> None:
     if os.path.exists(arguments.target):
         raise ValueError(f"TARGET {arguments.target!r} exists; choose another name")
-    whole = read(arguments)
-    kind = arguments.to_optimizer or whole.optimizer
+    consolidated = read(arguments)
+    kind = arguments.to_optimizer or consolidated.optimizer
     options = dict(option_in(text) for text in arguments.option)
-    found = whole
-    if kind != whole.optimizer or options:
-        found = checkpoint.convert(whole, kind, **options)
-    write(found, arguments.target, f"{whole.optimizer} in {arguments.source}")
+    found = consolidated
+    if kind != consolidated.optimizer or options:
+        found = checkpoint.convert(consolidated, kind, **options)
+    write(found, arguments.target, f"{consolidated.optimizer} in {arguments.source}")
     steps = "unknown" if found.num_steps is None else found.num_steps
     print(
         f"{arguments.target}: {len(found.layers)} layers in {len(found.groups)} param group"
         f"{'s' if len(found.groups) > 1 else ''}, state of {found.optimizer}, steps: {steps}"
     )
-    if kind in checkpoint.KINDS and whole.optimizer in checkpoint.KINDS:
-        for line in checkpoint.changed_options(whole, found):
+    if kind in checkpoint.KINDS and consolidated.optimizer in checkpoint.KINDS:
+        for line in checkpoint.changed_options(consolidated, found):
             print(f"note: the next update is another: {line}")
 
 
-def read(arguments: argparse.Namespace) -> checkpoint.WholeState:
+def read(arguments: argparse.Namespace) -> checkpoint.ConsolidatedState:
     path = arguments.source
     if os.path.isdir(path):
         return checkpoint.read_deepspeed(newest_in(path))
@@ -124,17 +124,17 @@ def newest_in(folder: str) -> str:
         return os.path.join(folder, file.read().strip())
 
 
-def write(whole: checkpoint.WholeState, target: str, origin: str) -> None:
+def write(consolidated: checkpoint.ConsolidatedState, target: str, origin: str) -> None:
     if re.search(r"\.(pt|pth|bin)$", target):
-        checkpoint.write_pytorch(whole, target)
+        checkpoint.write_pytorch(consolidated, target)
         return
     step = re.fullmatch(r"step(\d+)", os.path.basename(os.path.normpath(target)))
     if step:
         number = int(step[1])
-        if whole.num_steps is None:
-            whole.num_steps = number
-        whole.client_state["largebatch_step"] = number
-    checkpoint.write_deepspeed(whole, target, origin)
+        if consolidated.num_steps is None:
+            consolidated.num_steps = number
+        consolidated.client_state["largebatch_step"] = number
+    checkpoint.write_deepspeed(consolidated, target, origin)
     if step:
         entries = step_folders.entries(target, step_folders.files_in(target))
         step_folders.write_manifest(target, entries, step=int(step[1]), world_size=1)

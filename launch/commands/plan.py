@@ -21,9 +21,9 @@ from largebatch.launch.recipe.section import check_section, phase_recipes
 from largebatch.launch.sizing import scaled_recipe, size_report
 from largebatch.launch.sizing.probe_samples import model_and_loss
 from largebatch.planning.activations import Probe, probe
+from largebatch.planning.choice import Choice, Demand, choose, parse_bytes, stage_table
 from largebatch.planning.communication import NETWORKS, Cluster, parse_network
 from largebatch.planning.memory import OFFLOADS, PRECISIONS
-from largebatch.planning.planner import Choice, Demand, choose, parse_bytes, stage_table
 from largebatch.planning.scaling_rules import RULES
 from largebatch.planning.training_time import StepTime, num_steps, step_time
 
@@ -125,7 +125,7 @@ class Planned:
     Attributes:
         config: the complete ds_config.
         notes: what was decided for the user, one line each.
-        stages: rows of planner.stage_table.
+        stages: rows of choice.stage_table.
         throughput: samples/s of one GPU.
         num_samples: of the training set; None where it is not known.
     """

@@ -12,7 +12,7 @@ from typing import Any
 
 import largebatch.ds_configs
 from largebatch.config import nearest_hint
-from largebatch.engine.config_checks.files import read_json
+from largebatch.engine.config_checks.json_files import read_json
 from largebatch.launch.recipe.section import check_sections, with_current_names
 
 

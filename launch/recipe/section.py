@@ -32,7 +32,7 @@ from largebatch.config import (
     reject,
 )
 from largebatch.launch.data.options import AUGMENTATIONS, DATA_SETS, check_data_options
-from largebatch.models.registry import check_model
+from largebatch.models.catalogue import check_model
 
 SECTION_DEFAULTS: dict[str, Any] = {
     "model": None,

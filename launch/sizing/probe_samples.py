@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from largebatch.launch.data.options import filled_options
 from largebatch.models.auxiliary import loss_with_auxiliaries
-from largebatch.models.registry import TEXT_BUILDERS, build_model
+from largebatch.models.catalogue import TEXT_BUILDERS, build_model
 from largebatch.planning.activations import Loss
 
 IMAGES = {"digits": ((1, 8, 8), 10), "mnist": ((1, 28, 28), 10), "cifar10": ((3, 32, 32), 10)}

@@ -9,8 +9,8 @@ from largebatch.engine.lr_schedulers import SCHEDULERS
 from largebatch.launch.recipe.reading import find_recipe, load_recipes
 from largebatch.launch.recipe.resolved_run import LENGTHS, micro_batch_candidates
 from largebatch.launch.recipe.section import check_section
+from largebatch.planning.choice import batch_unit, nearest_batches
 from largebatch.planning.memory import STATE_BYTES
-from largebatch.planning.planner import batch_unit, nearest_batches
 from largebatch.planning.scaling_rules import Rates, default_rule, lars_table_rates, scaled_rates
 from largebatch.schedule import scaled_lr
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from largebatch.planning import published
-from largebatch.planning.planner import gigabytes
+from largebatch.planning.choice import gigabytes
 from largebatch.planning.training_time import duration
 
 WORKERS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)

@@ -17,7 +17,7 @@ from largebatch.launch.data.image_loader import ImageLoader
 from largebatch.launch.data.options import filled_options
 from largebatch.launch.data.sources import load_data
 from largebatch.models.auxiliary import loss_with_auxiliaries
-from largebatch.models.registry import build_model
+from largebatch.models.catalogue import build_model
 
 
 class Classification:

@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from largebatch.engine.config_checks.files import read_json
+from largebatch.engine.config_checks.json_files import read_json
 from largebatch.engine.initialization import init_distributed, set_timeout_of_all_groups
 from largebatch.kernels.dispatch import UnavailableKernelsError
 from largebatch.launch.data.image_folder import UnreadableImageError

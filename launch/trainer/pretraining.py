@@ -17,7 +17,7 @@ from largebatch.launch.data.sample_order import SampleOrder, micro_batch_ranges
 from largebatch.launch.data.sentence_pairs import PairBatch, SentencePairs
 from largebatch.launch.data.text import TextOptions, load_text
 from largebatch.launch.data.transfers import uploaded
-from largebatch.models.registry import TEXT_BUILDERS, check_model
+from largebatch.models.catalogue import TEXT_BUILDERS, check_model
 
 EVALUATION_BATCH = 64
 BATCHES_AHEAD = 4

@@ -9,8 +9,8 @@ from torch import nn
 
 from largebatch.exclusion import identities, kinds_of
 from largebatch.models.batch_norm import apply_ghost_batches, average_running_statistics
+from largebatch.models.catalogue import build_model
 from largebatch.models.ghost_batch_norm import GhostBatchNorm
-from largebatch.models.registry import build_model
 
 CHANNELS = 5
 

@@ -13,7 +13,7 @@ from largebatch.launch.data.in_memory import load_digits
 from largebatch.launch.data.sample_order import SampleOrder
 from largebatch.launch.recipe.resolved_run import make_phases, resolve
 from largebatch.launch.recipe.section import phase_recipes
-from largebatch.models.registry import build_model
+from largebatch.models.catalogue import build_model
 from support import trainer_runs
 
 RECIPE = {

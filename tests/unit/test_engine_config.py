@@ -9,7 +9,7 @@ from packaging.version import Version
 
 from largebatch.engine import internals
 from largebatch.engine.config_checks import check_engine_config
-from largebatch.engine.config_checks.files import DEEPEST, read_json
+from largebatch.engine.config_checks.json_files import DEEPEST, read_json
 from largebatch.engine.internals import installed_version
 from largebatch.launch.recipe.reading import load_recipes
 

@@ -23,7 +23,7 @@ from largebatch.launch.trainer.loop import TrainingLoop
 from largebatch.launch.trainer.reporting import Reporter
 from largebatch.launch.trainer.task import build_task
 from largebatch.models.batch_norm import apply_ghost_batches
-from largebatch.models.registry import build_model
+from largebatch.models.catalogue import build_model
 from support.pretend_gpu import WaitsForTheDeviceError, backward, pretend_gpu
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

@@ -20,7 +20,7 @@ from largebatch.launch.recipe.resolved_run import resolve
 from largebatch.launch.recipe.section import phase_recipes
 from largebatch.launch.trainer.engines import parameter_groups
 from largebatch.models.bert import build_bert
-from largebatch.models.registry import build_model
+from largebatch.models.catalogue import build_model
 from largebatch.optim.registry import OPTIMIZERS
 
 FOLDER = pathlib.Path(largebatch.ds_configs.__file__).parent

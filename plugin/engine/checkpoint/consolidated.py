@@ -1,4 +1,4 @@
-"""A training state with every layer whole, between any two forms: read from and written to DeepSpeed's folders."""
+"""A training state with every layer consolidated into one tensor, between any two forms: read from and written to DeepSpeed's folders."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logger = logging.getLogger("largebatch")
 
 
 @dataclass
-class WholeState:
+class ConsolidatedState:
     """Weights and optimizer state, layer by layer.
 
     Attributes:
@@ -56,7 +56,7 @@ class WholeState:
         return [name for group in self.groups for name in group["params"]]
 
 
-def read_deepspeed(path: str) -> WholeState:
+def read_deepspeed(path: str) -> ConsolidatedState:
     """A checkpoint that DeepSpeed has written with largebatch registered, at any layout. One process; the result is as large
     as the model in fp32 with its state.
 
@@ -91,15 +91,15 @@ def read_deepspeed(path: str) -> WholeState:
             weights[name] = tensor.clone() if twin is None else weights[twin]
     for number in range(saved.num_model_files):
         for piece in saved.frozen_pieces(number, list(states.get("frozen_param_shapes") or {})):
-            whole = weights.setdefault(
+            consolidated = weights.setdefault(
                 piece.layer, piece.tensors[MASTER].new_zeros(torch.Size(states["frozen_param_shapes"][piece.layer]))
             )
-            whole.view(-1)[piece.start : piece.stop] = piece.tensors[MASTER]
+            consolidated.view(-1)[piece.start : piece.stop] = piece.tensors[MASTER]
     for name, other in (states.get("shared_params") or {}).items():
         weights[name] = weights[other]
     ordered = {name: weights.pop(name) for name in states["module"] if name in weights} | weights
     options = shard.state_dict["param_groups"]
-    return WholeState(
+    return ConsolidatedState(
         weights=ordered,
         optimizer=layout.optimizer,
         groups=[{**o, "params": list(names)} for o, names in zip(options, layout.groups, strict=True)],
@@ -140,7 +140,7 @@ def wanted_state(optimizer: str, layer: LayerState) -> dict[str, torch.dtype]:
     }
 
 
-def write_deepspeed(whole: WholeState, path: str, origin: str) -> None:
+def write_deepspeed(consolidated: ConsolidatedState, path: str, origin: str) -> None:
     """A checkpoint folder that any engine can load, at any layout, with largebatch registered.
 
     Args:
@@ -152,42 +152,42 @@ def write_deepspeed(whole: WholeState, path: str, origin: str) -> None:
     """
     if os.path.exists(path):
         raise ValueError(f"{path!r} exists; choose another name")
-    layers = whole.layers
-    if any(whole.weights[name].dtype == torch.float64 for name in layers):
+    layers = consolidated.layers
+    if any(consolidated.weights[name].dtype == torch.float64 for name in layers):
         logger.warning("%r: weights of fp64 will be rounded to fp32, which DeepSpeed's masters are", path)
-    group_of = {name: number for number, group in enumerate(whole.groups) for name in group["params"]}
+    group_of = {name: number for number, group in enumerate(consolidated.groups) for name in group["params"]}
     layout = EngineLayout(
         world_size=1,
         zero_stage=0,
         wrapper="",
         precision="fp32",
         offload="none",
-        optimizer=whole.optimizer,
-        groups=tuple(tuple(group["params"]) for group in whole.groups),
-        shapes={name: tuple(whole.weights[name].shape) for name in layers},
-        cuts=tuple(NamedCut(group_of[n], (n,), uncut(whole.weights[n].numel())) for n in layers),
+        optimizer=consolidated.optimizer,
+        groups=tuple(tuple(group["params"]) for group in consolidated.groups),
+        shapes={name: tuple(consolidated.weights[name].shape) for name in layers},
+        cuts=tuple(NamedCut(group_of[n], (n,), uncut(consolidated.weights[n].numel())) for n in layers),
         origin=origin,
     )
-    steps = whole.num_steps or 0
+    steps = consolidated.num_steps or 0
     states = {
-        "module": whole.weights,
-        "optimizer": torch_state_dict(whole),
-        "lr_scheduler": whole.scheduler,
+        "module": consolidated.weights,
+        "optimizer": torch_state_dict(consolidated),
+        "lr_scheduler": consolidated.scheduler,
         "global_steps": steps,
         "global_samples": 0,
         "skipped_steps": 0,
         "dp_world_size": 1,
         "mp_world_size": 1,
     }
-    states |= whole.counts | whole.client_state | {KEY: layout.to_dict()}
+    states |= consolidated.counts | consolidated.client_state | {KEY: layout.to_dict()}
     partial = f"{path}.partial"
     os.makedirs(partial)
     torch.save(states, os.path.join(partial, "mp_rank_00_model_states.pt"))
     os.rename(partial, path)
 
 
-def torch_state_dict(whole: WholeState) -> dict[str, Any]:
+def torch_state_dict(consolidated: ConsolidatedState) -> dict[str, Any]:
     """The optimizer's part as torch.optim.Optimizer.load_state_dict wants it: layers numbered in the order of the groups."""
-    numbers = {name: number for number, name in enumerate(whole.layers)}
-    groups = [group | {"params": [numbers[n] for n in group["params"]]} for group in whole.groups]
-    return {"state": {numbers[n]: dict(s) for n, s in whole.state.items() if s}, "param_groups": groups}
+    numbers = {name: number for number, name in enumerate(consolidated.layers)}
+    groups = [group | {"params": [numbers[n] for n in group["params"]]} for group in consolidated.groups]
+    return {"state": {numbers[n]: dict(s) for n, s in consolidated.state.items() if s}, "param_groups": groups}

@@ -7,7 +7,7 @@ import typing
 from typing import Any
 
 from largebatch.config import boolean, check_option_names, is_number, one_of, reject
-from largebatch.engine.config_checks.tables import section, text
+from largebatch.engine.config_checks.known_entries import section, text
 from largebatch.engine.internals import internal
 
 MODELS = {
