@@ -21,7 +21,7 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from largebatch.launch.recipe.reading import parse_arguments
+from largebatch.launch.recipe.flags import parse_arguments
 from largebatch.launch.trainer import main as train
 from largebatch.launch.trainer.loop import TrainingLoop
 from largebatch.launch.trainer.saving.retention import Retention

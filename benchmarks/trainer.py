@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from harness import interleaved
 
 from largebatch.launch.data.data_set import Images
-from largebatch.launch.recipe.reading import parse_arguments
+from largebatch.launch.recipe.flags import parse_arguments
 from largebatch.launch.supervise.launcher import free_port
 from largebatch.launch.trainer import main as train
 from largebatch.launch.trainer.loop import TrainingLoop

@@ -39,9 +39,9 @@ CELLS += [Cell(optimizer, batch) for batch in (8192, 32768) for optimizer in ("l
 
 
 def study(cell: Cell, folder: pathlib.Path, arguments) -> list[str]:
-    command = [sys.executable, "-m", "largebatch", "study", "--model", "davidnet", "--data", "cifar10", "--no-plots"]
+    command = [sys.executable, "-m", "largebatch", "study", "--model", "davidnet", "--data-set", "cifar10", "--no-plots"]
     command += [
-        "--data-folder",
+        "--data",
         str(data_folder(arguments.work)),
         "--output",
         str(folder),

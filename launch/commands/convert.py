@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 from largebatch import checkpoint
+from largebatch.launch.recipe.flags import Parser
 from largebatch.launch.trainer.saving import step_folders
 
 DESCRIPTION = """Converts a checkpoint. What SOURCE and TARGET are is told by their names:
@@ -32,12 +33,11 @@ averaging) or refused. What the optimizers compute from the same state may still
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="largebatch convert",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     kinds = ", ".join(checkpoint.KINDS)
     parser.add_argument("source", metavar="SOURCE")

@@ -16,6 +16,7 @@ from largebatch.launch.doctor.findings import FAILS, Finding, Requirements, judg
 from largebatch.launch.doctor.gathering import Gathered, gather
 from largebatch.launch.doctor.nodes import launching_findings, read_hostfile
 from largebatch.launch.doctor.printing import report_text
+from largebatch.launch.recipe.flags import Parser
 
 GIB = 1 << 30
 START_SECONDS = 120
@@ -63,12 +64,12 @@ def print_patches() -> int:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="largebatch doctor",
         description="Looks for what would make a run fail: versions, devices, kernels, memory, disk, data, network and clocks "
         "of every node, through the launcher that starts training.",
         epilog="Without --hostfile: this machine. Under SLURM: srun ... python -m largebatch.launch.doctor.rank_check | largebatch doctor --read -",
-        allow_abbrev=False,
+        earlier={"--need_memory": "--need-memory", "--need_disk": "--need-disk"},
     )
     parser.add_argument("--hostfile", metavar="FILE", help="nodes, as for deepspeed: lines NAME slots=N")
     parser.add_argument("--data", metavar="DIR", help="folder of the data set, as for launch/train.py")
@@ -77,19 +78,24 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--ranks", type=positive(int), metavar="N", help="ranks without --hostfile (default: one a GPU, else 2)"
     )
     parser.add_argument(
-        "--need_memory", type=positive(float), default=2.0, metavar="GIB", help="host memory of a rank (default: 2)"
+        "--need-memory", type=positive(float), default=2.0, metavar="GIB", help="host memory of a rank (default: 2)"
     )
     parser.add_argument(
-        "--need_disk", type=positive(float), default=1.0, metavar="GIB", help="disk for results (default: 1)"
+        "--need-disk", type=positive(float), default=1.0, metavar="GIB", help="disk for results (default: 1)"
     )
     parser.add_argument(
         "--timeout", type=positive(float), default=60.0, metavar="SECONDS", help="for the ranks to meet (default: 60)"
     )
-    parser.add_argument("--master_addr", metavar="ADDRESS", help="of rank 0, as for deepspeed")
+    parser.add_argument("--master-addr", "--master_addr", metavar="ADDRESS", help="of rank 0, as for deepspeed")
     parser.add_argument(
-        "--master_port", type=positive(int), default=29500, metavar="PORT", help="as for deepspeed (default: 29500)"
+        "--master-port",
+        "--master_port",
+        type=positive(int),
+        default=29500,
+        metavar="PORT",
+        help="as for deepspeed (default: 29500)",
     )
-    parser.add_argument("--ssh_port", type=positive(int), metavar="PORT", help="as for deepspeed")
+    parser.add_argument("--ssh-port", "--ssh_port", type=positive(int), metavar="PORT", help="as for deepspeed")
     parser.add_argument(
         "--read", metavar="FILE", help="judge what rank_check has printed under another launcher (-: standard input)"
     )

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from largebatch.launch.data.options import NUM_SAMPLES, filled_options
+from largebatch.launch.recipe.flags import Parser
 from largebatch.launch.recipe.reading import read_recipe
 from largebatch.launch.recipe.resolved_run import micro_batch_candidates, resolve
 from largebatch.launch.recipe.section import check_section, phase_recipes
@@ -32,21 +33,21 @@ LARGE_FOR_A_CPU = 100_000_000
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="largebatch plan",
         description="Plans a global batch: micro-batch and accumulation, learning rate, memory, communication, time.",
         epilog="Train the plan: deepspeed launch/train.py --deepspeed_config <--output>",
-        allow_abbrev=False,
+        earlier={"--data": "--data-set", "--samples": "--num-samples", "--recipe-stage": "--recipe-phase"},
     )
     what = parser.add_argument_group("what is trained")
     what.add_argument("--recipe", metavar="NAME|JSON", help="see `largebatch recipes`")
     what.add_argument("--recipe-phase", type=positive, metavar="N", help="which phase of a recipe that has several")
     what.add_argument("--model", help="without --recipe: its recipe of the nearest batch, e.g. resnet50")
-    what.add_argument("--data", help="with --model, e.g. imagenet")
+    what.add_argument("--data-set", help="with --model, e.g. imagenet")
     what.add_argument("--optimizer", help="with --model, e.g. LAMB")
     what.add_argument("--global-batch", type=positive, metavar="N", help="samples of a step (default: the recipe's)")
     what.add_argument(
-        "--samples", type=positive, metavar="N", help="in the training set, where the data set does not say"
+        "--num-samples", type=positive, metavar="N", help="in the training set, where the data set does not say"
     )
     what.add_argument("--epochs", type=above_zero, help="in place of the recipe's length")
     what.add_argument("--rule", choices=RULES, help="of learning rate and warm-up, where the batch is not the recipe's "
@@ -154,9 +155,9 @@ def make(arguments: argparse.Namespace) -> Planned:
     """
     if (arguments.recipe is None) == (arguments.model is None):
         raise ValueError("give either --recipe, or --model; `largebatch recipes` lists the recipes")
-    for option in ("data", "optimizer"):
+    for option in ("data_set", "optimizer"):
         if arguments.recipe is not None and getattr(arguments, option) is not None:
-            raise ValueError(f"--{option} goes with --model; {arguments.recipe} has its own")
+            raise ValueError(f"--{option.replace('_', '-')} goes with --model; {arguments.recipe} has its own")
     if arguments.network is not None and arguments.nodes == 1:
         raise ValueError("--network is between nodes and there is one; for the links inside it give --gpu-network")
     stage, cluster = zero_stage(arguments.zero_stage), cluster_of(arguments)
@@ -168,7 +169,7 @@ def make(arguments: argparse.Namespace) -> Planned:
     if arguments.epochs is not None:
         recipe["largebatch"] |= {"epochs": arguments.epochs, "steps": None}
     section = recipe["largebatch"]
-    num_samples = samples_of(section, arguments.samples)
+    num_samples = samples_of(section, arguments.num_samples)
 
     notes = [] if arguments.recipe else [f"starting from the recipe {name}, the nearest in batch"]
     asked = arguments.global_batch or recipe["train_batch_size"]
@@ -260,7 +261,7 @@ def samples_of(section: dict[str, Any], given: int | None) -> int | None:
     if data == "synthetic":
         return filled_options(data, section["data_options"])["num_samples"]
     if section["steps"] is None:
-        raise ValueError(f"the length is in epochs and the size of {data!r} is not known; give --samples")
+        raise ValueError(f"the length is in epochs and the size of {data!r} is not known; give --num-samples")
     return None
 
 

@@ -11,10 +11,14 @@ from typing import Any
 
 from largebatch.config import nearest_hint
 from largebatch.launch.data.options import NUM_SAMPLES
+from largebatch.launch.recipe.flags import Parser
 from largebatch.launch.recipe.reading import find_recipe, load_recipes
 from largebatch.launch.recipe.resolved_run import ResolvedRun, resolve
 from largebatch.launch.recipe.section import phase_recipes
 from largebatch.schedule import scaled_lr
+
+FLAGS = {"data": "data-set"}
+"""Column -> flag that filters by it, where they are called differently."""
 
 COLUMNS = ("name", "model", "data", "optimizer", "lr", "batch", "expected", "source")
 
@@ -35,23 +39,23 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="largebatch recipes",
         description="Lists the recipes in ds_configs. Filters go together.",
         epilog="Train one: deepspeed launch/train.py --deepspeed_config NAME",
-        allow_abbrev=False,
+        earlier={"--data": "--data-set"},
     )
     parser.add_argument("--model", help="e.g. resnet50")
     parser.add_argument("--optimizer", help="e.g. LARS")
     parser.add_argument("--batch", help="global batch, e.g. 32768 or 32k")
-    parser.add_argument("--data", help="e.g. imagenet")
+    parser.add_argument("--data-set", dest="data", help="e.g. imagenet")
     parser.add_argument(
         "--text", "--paper", nargs="+", help="words in the name, the source or the hardware, e.g. 1904.00962"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(command="list")
     commands = parser.add_subparsers(title="commands", metavar="show NAME")
-    one = commands.add_parser("show", help="prints a recipe with every 'auto' filled in", allow_abbrev=False)
+    one = commands.add_parser("show", help="prints a recipe with every 'auto' filled in")
     one.add_argument("name")
     one.add_argument("--ranks", type=int, default=1, help="world size (default: 1)")
     one.add_argument("--num-samples", type=int, help="samples of the training set (default: those of the public one)")
@@ -110,7 +114,7 @@ def matches(row: dict[str, Any], arguments: argparse.Namespace, rows: list[dict[
         known = sorted({other[column] for other in rows})
         if wanted.lower() not in [value.lower() for value in known]:
             hint = nearest_hint(wanted, [value.lower() for value in known])
-            raise ValueError(f"--{column} is {wanted!r}; the recipes have {', '.join(known)}{hint}")
+            raise ValueError(f"--{FLAGS.get(column, column)} is {wanted!r}; the recipes have {', '.join(known)}{hint}")
         if row[column].lower() != wanted.lower():
             return False
     if arguments.batch is not None and row["batch"] != batch_size(arguments.batch, {other["batch"] for other in rows}):

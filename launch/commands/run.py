@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import dataclass
 
+from largebatch.launch.recipe.flags import Parser
 from largebatch.launch.supervise import exits
 from largebatch.launch.supervise.launcher import SupervisedJob, adopt_orphans, stop_requests
 from largebatch.launch.trainer.run_progress import progress_of
@@ -36,12 +37,11 @@ class Policy:
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="largebatch run",
         description="Starts the deepspeed launcher and, when the run dies, starts it again with --resume from the newest whole "
         "checkpoint. Example: largebatch run --max-restarts 10 deepspeed --hostfile hostfile launch/train.py "
         "--deepspeed_config RECIPE --output DIR",
-        allow_abbrev=False,
     )
     parser.add_argument("--max-restarts", type=whole, default=10, metavar="N", help="at most so many (default: 10)")
     parser.add_argument(

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 import largebatch.ds_configs
+from largebatch.launch.recipe.flags import Parser
 from largebatch.launch.recipe.reading import set_entry
 from largebatch.launch.recipe.section import SECTION_DEFAULTS, phase_recipes
 from largebatch.launch.study import plots, results, runner
@@ -31,14 +32,16 @@ SET_BY_THE_GRID = ("largebatch.seed", "train_batch_size", "optimizer.type")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    argv = sys.argv[1:] if argv is None else argv
+    is_earlier_style = not any(a.partition("=")[0] == "--data-set" for a in argv)
+    parser = Parser(
         prog="largebatch study",
         description="Trains every optimizer at every global batch with several seeds, through the deepspeed launcher.",
-        allow_abbrev=False,
+        earlier={"--data": "--data-set", "--data-folder": "--data"} if is_earlier_style else None,
     )
     parser.add_argument("--model", required=True, help="as in the recipes' names, e.g. lenet")
-    parser.add_argument("--data", required=True, help="as in the recipes' names, e.g. mnist")
-    parser.add_argument("--data-folder", metavar="DIR", help="folder of the data set (not needed for digits)")
+    parser.add_argument("--data-set", required=True, help="as in the recipes' names, e.g. mnist")
+    parser.add_argument("--data", metavar="DIR", help="folder of the data set (not needed for digits)")
     parser.add_argument("--batches", required=True, type=integers, metavar="N,N,...", help="global batches")
     parser.add_argument("--optimizers", required=True, type=names, metavar="NAME,...", help="e.g. sgd,lars,lamb,adamw")
     parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="seeds 1 to N (default 3)")
@@ -96,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
         runs = expand(
             folder,
             model=arguments.model,
-            data=arguments.data,
+            data=arguments.data_set,
             optimizers=arguments.optimizers,
             batches=arguments.batches,
             seeds=list(range(1, arguments.seeds + 1)),
@@ -137,7 +140,7 @@ class Study:
         self.arguments, self.runs = arguments, runs
         self.output = os.path.abspath(arguments.output)
         ranks = arguments.ranks or torch.cuda.device_count() or CPU_RANKS
-        self.launch = runner.Launch(ranks, arguments.data_folder)
+        self.launch = runner.Launch(ranks, arguments.data)
         self.failed: dict[str, str] = {}
         self.finished: dict[str, results.Row] = {}
         self.progress = Progress()

@@ -1,4 +1,4 @@
-"""The command line, and the recipe that it names: read and overridden."""
+"""The recipes that come with the package, and the one that a command line names: found, read and overridden."""
 
 from __future__ import annotations
 
@@ -7,47 +7,13 @@ import copy
 import json
 import os
 import pathlib
-import sys
 from typing import Any
 
 import largebatch.ds_configs
 from largebatch.config import nearest_hint
 from largebatch.engine.config_checks.json_files import read_json
+from largebatch.launch.recipe.flags import tell
 from largebatch.launch.recipe.section import check_sections, with_current_names
-
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="deepspeed launch/train.py",
-        description="Trains the model and data set of a recipe. The recipe is a DeepSpeed JSON with a 'largebatch' section.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--deepspeed_config", required=True, metavar="JSON", help="a recipe: a file, or a name of `largebatch recipes`"
-    )
-    parser.add_argument("--data", metavar="DIR", help="folder of the data set (not needed for digits)")
-    parser.add_argument("--output", metavar="DIR", help="where results go (default: runs/<recipe>_seed<seed>)")
-    parser.add_argument(
-        "--resume",
-        nargs="?",
-        const="required",
-        choices=("required", "auto"),
-        help="continue the run in --output from its newest whole checkpoint; auto: from the beginning if there is none yet",
-    )
-    parser.add_argument("--seed", type=int, help="of initialisation, data order and dropout")
-    parser.add_argument("--epochs", type=float, help="length of training, in passes over the data")
-    parser.add_argument("--steps", type=int, help="length of training, in optimizer steps")
-    parser.add_argument("--zero_stage", type=int, help="ZeRO stage in place of the recipe's")
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="compute type in place of the recipe's")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override any entry of the JSON, e.g. optimizer.params.lr=2.5 (the value is JSON; may be repeated)",
-    )
-    parser.add_argument("--local_rank", type=int, default=-1, help="given by the launcher")
-    return parser.parse_args(argv)
 
 
 def recipe_paths() -> dict[str, pathlib.Path]:
@@ -93,8 +59,8 @@ def read_recipe(path: str) -> dict[str, Any]:
 def renamed(recipe: dict[str, Any]) -> dict[str, Any]:
     """The recipe with the keys that there are now; rank 0 says which of them had other names."""
     recipe, notes = with_current_names(recipe)
-    for note in notes if os.environ.get("RANK", "0") == "0" else ():
-        print(f"largebatch: note: {note}", file=sys.stderr)
+    for note in notes:
+        tell(note)
     return recipe
 
 

@@ -57,7 +57,7 @@ def read(arguments: Any, read_file: Any) -> tuple[str, dict[str, Any]]:
         read_file: path -> recipe, for a --recipe that is a file.
     """
     if arguments.recipe is None:
-        return nearest_recipe(arguments.model, arguments.data, arguments.optimizer, arguments.global_batch)
+        return nearest_recipe(arguments.model, arguments.data_set, arguments.optimizer, arguments.global_batch)
     if arguments.recipe.endswith(".json") or "/" in arguments.recipe:
         return arguments.recipe, read_file(arguments.recipe)
     return arguments.recipe, read_file(str(find_recipe(arguments.recipe)))
@@ -146,7 +146,9 @@ def planned_rates(
             "recipe one of them, or --rule none"
         )
     if rates.warmup_epochs != rates.warmup_epochs:
-        raise ValueError(f"--rule {rule} needs the warm-up in epochs, and the recipe has it in steps; give --samples")
+        raise ValueError(
+            f"--rule {rule} needs the warm-up in epochs, and the recipe has it in steps; give --num-samples"
+        )
     return rates
 
 

@@ -13,7 +13,8 @@ from largebatch.engine.config_checks.json_files import read_json
 from largebatch.engine.initialization import init_distributed, set_timeout_of_all_groups
 from largebatch.kernels.dispatch import UnavailableKernelsError
 from largebatch.launch.data.image_folder import UnreadableImageError
-from largebatch.launch.recipe.reading import apply_overrides, parse_arguments, read_recipe
+from largebatch.launch.recipe.flags import parse_arguments
+from largebatch.launch.recipe.reading import apply_overrides, read_recipe
 from largebatch.launch.recipe.resolved_run import Phase, is_micro_batch_open, make_phases, resolve
 from largebatch.launch.recipe.section import check_section, phase_recipes
 from largebatch.launch.supervise import exits, run_lock

@@ -45,14 +45,14 @@ def test_accumulation_equals_one_large_batch(accumulated, tmp_path):
 
 
 def test_one_rank_and_stage_0_give_the_same(accumulated, tmp_path):
-    launching.train(*MLP, "--steps", 8, "--output", tmp_path, "--zero_stage", 0, num_ranks=1)
+    launching.train(*MLP, "--steps", 8, "--output", tmp_path, "--zero-stage", 0, num_ranks=1)
     assert largest_error(launching.final_weights(accumulated[0]), launching.final_weights(tmp_path)) < 1e-6
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_stages_2_and_3_train_the_same(accumulated, tmp_path, stage):
     """A part of the exactness matrix through the launcher: losses and trust ratios of a real run."""
-    launching.train(*MLP, "--steps", 8, "--output", tmp_path, "--zero_stage", stage)
+    launching.train(*MLP, "--steps", 8, "--output", tmp_path, "--zero-stage", stage)
     for kind in ("step", "layers", "evaluation"):
         for one, other in zip(launching.events(accumulated[0], kind), launching.events(tmp_path, kind), strict=True):
             if kind == "step":

@@ -68,7 +68,7 @@ def test_a_batch_that_does_not_divide_becomes_the_nearest_that_does(capsys):
 
 
 def test_the_nearest_recipe_is_named(capsys):
-    found = planned(capsys, "--model", "lenet", "--data", "mnist", "--optimizer", "lamb", "--global-batch", 9000,
+    found = planned(capsys, "--model", "lenet", "--data-set", "mnist", "--optimizer", "lamb", "--global-batch", 9000,
                     "--gpus", 1, "--throughput", 1)  # fmt: skip
     assert found["recipe"] == "lenet_mnist_lamb_8k"
     assert found["notes"][0] == "starting from the recipe lenet_mnist_lamb_8k, the nearest in batch"
@@ -92,9 +92,9 @@ def test_little_memory_makes_a_smaller_micro_batch(capsys):
     ("arguments", "message"),
     [
         ((), "give either --recipe, or --model"),
-        (("--recipe", "lenet_mnist_lamb_8k", "--data", "mnist"), "--data goes with --model"),
+        (("--recipe", "lenet_mnist_lamb_8k", "--data-set", "mnist"), "--data-set goes with --model"),
         (("--recipe", "lenet_mnist_lam_8k", "--gpus", "1"), "did you mean 'lenet_mnist_lamb_8k'"),
-        (("--model", "lenet", "--data", "imagenet", "--gpus", "1"), "there is no recipe for lenet, imagenet"),
+        (("--model", "lenet", "--data-set", "imagenet", "--gpus", "1"), "there is no recipe for lenet, imagenet"),
         ((*MLP, "--zero-stage", "4"), "--zero-stage is '4'; expected 0, 1, 2, 3 or auto"),
         ((*MLP, "--micro-batch", "7"), "--micro-batch 7 does not divide 480 samples.*the nearest that do: 6 and 8"),
         ((*MLP, "--rule", "table"), "--rule table is of the LARS paper"),

@@ -60,7 +60,7 @@ def train_with_a_burst(folder, stage, options):
 
     with patched(Classification, loss=bursting):
         weights, _, _ = trainer_runs.run_trainer(
-            [*ARGUMENTS, "--steps", 12, "--output", folder, "--zero_stage", stage, *options]
+            [*ARGUMENTS, "--steps", 12, "--output", folder, "--zero-stage", stage, *options]
         )
     return all(bool(torch.isfinite(value).all()) for value in weights.values() if value.is_floating_point())
 

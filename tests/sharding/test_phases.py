@@ -69,7 +69,7 @@ def arguments(folder, precision, zero_stage):
     path = folder / "recipe.json"
     folder.mkdir(exist_ok=True)
     path.write_text(json.dumps(RECIPE))
-    options = ["--precision", precision, "--zero_stage", zero_stage]
+    options = ["--precision", precision, "--zero-stage", zero_stage]
     return ["--deepspeed_config", path, "--output", folder / "run", *options]
 
 

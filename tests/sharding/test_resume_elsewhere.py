@@ -26,7 +26,7 @@ def arguments(folder, recipe=RECIPE, stage=0, *options):
     folder.mkdir(exist_ok=True, parents=True)
     path = folder / f"recipe{recipe['train_batch_size']}.json"
     path.write_text(json.dumps(recipe))
-    return ["--deepspeed_config", path, "--output", folder / "run", "--zero_stage", stage, *options]
+    return ["--deepspeed_config", path, "--output", folder / "run", "--zero-stage", stage, *options]
 
 
 def steps(folder):

@@ -12,11 +12,11 @@ import tempfile
 from largebatch.launch.trainer.saving import step_folders
 
 RUNS = {
-    "lars, stage 1": ["lenet_digits_lars_480", "--zero_stage", "1"],
-    "lamb, stage 2, bf16": ["lenet_digits_lamb_480", "--zero_stage", "2", "--precision", "bf16"],
-    "lamb, stage 3": ["lenet_digits_lamb_480", "--zero_stage", "3"],
-    "lars, stage 0": ["lenet_digits_lars_480", "--zero_stage", "0"],
-    "sgd, stage 1, bf16": ["lenet_digits_sgd_480", "--zero_stage", "1", "--precision", "bf16"],
+    "lars, stage 1": ["lenet_digits_lars_480", "--zero-stage", "1"],
+    "lamb, stage 2, bf16": ["lenet_digits_lamb_480", "--zero-stage", "2", "--precision", "bf16"],
+    "lamb, stage 3": ["lenet_digits_lamb_480", "--zero-stage", "3"],
+    "lars, stage 0": ["lenet_digits_lars_480", "--zero-stage", "0"],
+    "sgd, stage 1, bf16": ["lenet_digits_sgd_480", "--zero-stage", "1", "--precision", "bf16"],
 }
 """Name -> recipe and settings; on the small MLP, with checkpoints after steps 1 to 3 of 4."""
 
@@ -147,9 +147,9 @@ OTHER_RUNS = [
     ["--set", "optimizer.type=NLAMB", "--set", 'optimizer.params={"lr":0.01}'],
     ["--set", "largebatch.model=lenet"],
     ["--set", "largebatch.model=lenet", "--set", "largebatch.model_options.dropout=0.1"],
-    ["--zero_stage", "0"],
-    ["--zero_stage", "1"],
-    ["--zero_stage", "3"],
+    ["--zero-stage", "0"],
+    ["--zero-stage", "1"],
+    ["--zero-stage", "3"],
     ["--precision", "bf16"],
     ["--precision", "fp32"],
     ["--set", "train_batch_size=96"],

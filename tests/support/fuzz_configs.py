@@ -446,7 +446,7 @@ SETTINGS = [
 
 FLAGS = [
     ["--steps", "-1"], ["--steps", "0"], ["--steps", "x"], ["--epochs", "nan"], ["--epochs", "inf"], ["--epochs", "0"], ["--epochs", "1e300"],
-    ["--zero_stage", "9"], ["--zero_stage", "-1"], ["--zero_stage", "3"], ["--precision", "fp8"], ["--precision", "fp16"], ["--precision", "bf16"],
+    ["--zero-stage", "9"], ["--zero-stage", "-1"], ["--zero-stage", "3"], ["--precision", "fp8"], ["--precision", "fp16"], ["--precision", "bf16"],
     ["--seed", "-5"], ["--seed", "99999999999999999999999"], ["--seed", "4294967296"], ["--resume"], ["--data", "/nonexistent"], ["--data", ""],
     ["--bogus"], ["extra"], ["--local_rank", "x"], ["--output", ""], ["--output", "/proc/x"], ["--output", "/dev/null/x"], ["--set"],
 ]  # fmt: skip
@@ -463,7 +463,7 @@ def mutate_arguments(rng, mutant):
         name = flag[0].lstrip("-")
         mutant.words += [
             name,
-            *{"precision": ["fp16", "bf16"], "zero_stage": ["stage"], "output": ["run", flag[-1]]}.get(name, []),
+            *{"precision": ["fp16", "bf16"], "zero-stage": ["stage"], "output": ["run", flag[-1]]}.get(name, []),
         ]
 
 

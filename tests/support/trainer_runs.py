@@ -7,7 +7,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from largebatch.launch.recipe.reading import parse_arguments
+from largebatch.launch.recipe.flags import parse_arguments
 from largebatch.launch.trainer import engines
 from largebatch.launch.trainer import main as train
 from largebatch.launch.trainer.classification import Classification

@@ -338,13 +338,13 @@ def test_reading_what_another_launcher_printed(tmp_path, capsys):
     assert doctor_command.main(["--read", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     assert "ready: 2 ranks on 2 nodes" in out and "rank 0 to beta: latency 100 us, 1000 MB/s, clock +0.00 ms" in out
-    assert doctor_command.main(["--read", str(tmp_path / "out"), "--need_memory", "61", "--json"]) == 1
+    assert doctor_command.main(["--read", str(tmp_path / "out"), "--need-memory", "61", "--json"]) == 1
     told = json.loads(capsys.readouterr().out)
     assert not told["is_ready"] and told["nodes"].keys() == {"alpha", "beta"}
     assert [f["node"] for f in told["findings"]] == ["alpha", "beta"]
     assert doctor_command.main(["--read", str(tmp_path / "none")]) == 2
     with pytest.raises(SystemExit):
-        doctor_command.main(["--need_memory", "-1"])
+        doctor_command.main(["--need-memory", "-1"])
 
 
 @pytest.mark.launcher
@@ -362,7 +362,7 @@ def test_two_ranks_of_this_machine(tmp_path):
         "--master_port",
         str(free_port()),
     ]
-    command += ["--data", str(tmp_path / "none"), "--need_memory", "1000000", "--timeout", "150"]
+    command += ["--data", str(tmp_path / "none"), "--need-memory", "1000000", "--timeout", "150"]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 1, ended.stderr
     told = json.loads(ended.stdout)

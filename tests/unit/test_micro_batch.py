@@ -116,7 +116,7 @@ def test_candidates_keep_the_batch_the_ghosts_and_pairs():
 
 def arguments(folder, stage, micro, precision="fp32"):
     return [
-        "--deepspeed_config", RECIPE, "--steps", 2, "--zero_stage", stage, "--precision", precision, "--output", folder,
+        "--deepspeed_config", RECIPE, "--steps", 2, "--zero-stage", stage, "--precision", precision, "--output", folder,
         "--set", "largebatch.model=mlp", "--set", f"train_micro_batch_size_per_gpu={json.dumps(micro)}",
         "--set", "tensorboard.enabled=false",
     ]  # fmt: skip

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from largebatch.launch.data.options import filled_options
-from largebatch.launch.recipe.reading import apply_overrides, parse_arguments, read_recipe
+from largebatch.launch.recipe.flags import parse_arguments
+from largebatch.launch.recipe.reading import apply_overrides, read_recipe
 from largebatch.launch.recipe.resolved_run import resolve
 from largebatch.launch.recipe.section import check_section
 

@@ -15,7 +15,8 @@ from largebatch.ds_configs.tables.readme import with_rows
 from largebatch.engine.baselines import Adagrad
 from largebatch.engine.lr_schedulers import SCHEDULERS
 from largebatch.launch.data.options import NUM_SAMPLES
-from largebatch.launch.recipe.reading import apply_overrides, parse_arguments, read_recipe, set_entry
+from largebatch.launch.recipe.flags import parse_arguments
+from largebatch.launch.recipe.reading import apply_overrides, read_recipe, set_entry
 from largebatch.launch.recipe.resolved_run import resolve
 from largebatch.launch.recipe.section import phase_recipes
 from largebatch.launch.trainer.engines import parameter_groups
@@ -252,7 +253,7 @@ def test_unreadable_recipes(tmp_path):
 
 def test_the_command_line_overrides_the_recipe():
     arguments = parse_arguments(
-        ["--deepspeed_config", "x.json", "--seed", "9", "--steps", "7", "--zero_stage", "0", "--precision", "bf16",
+        ["--deepspeed_config", "x.json", "--seed", "9", "--steps", "7", "--zero-stage", "0", "--precision", "bf16",
          "--set", "optimizer.params.momentum=0.5", "--set", "optimizer.type=SGD"]
     )  # fmt: skip
     recipe = apply_overrides(read_recipe(str(RECIPE)), arguments)

@@ -18,7 +18,18 @@ from largebatch.launch.study import grid, plots, results, runner
 
 RECIPES = pathlib.Path(largebatch.ds_configs.__file__).parent
 PUBLISHED = pathlib.Path(__file__).parents[2] / "docs" / "results" / "mnist" / "runs.csv"
-GRID = ("--model", "lenet", "--data", "mnist", "--batches", "1024,60000", "--optimizers", "sgd,lamb", "--seeds", "2")
+GRID = (
+    "--model",
+    "lenet",
+    "--data-set",
+    "mnist",
+    "--batches",
+    "1024,60000",
+    "--optimizers",
+    "sgd,lamb",
+    "--seeds",
+    "2",
+)
 
 
 def cell(optimizer, batch, folder=RECIPES):
