@@ -30,7 +30,7 @@ class Classification:
         data = load_data(section["data"], folder, section["data_options"])
         self.loader = ImageLoader(data, section["augmentation"], section["mixup"])
         self.num_samples = len(data.train)
-        self.description = f"{section['model']} on {data.name} ({self.num_samples} images)"
+        self.description = f"{data.name} ({self.num_samples} images)"
         if isinstance(data.train, ImageFiles):
             options = filled_options(section["data"], section["data_options"])
             workers = automatic_workers() if options["workers"] == "auto" else options["workers"]

@@ -85,6 +85,8 @@ class TrainingLoop:
                 if not self._train_one_step(step, batches):
                     break
                 step += 1
+                if step == first_step + 1:  # compiles kernels: its seconds are kept apart from those of the next
+                    self._report_taken()
                 is_last = step == resolved.num_steps
                 is_evaluated = is_last or crosses(step, section["evaluate_every_epochs"] * steps_per_epoch)
                 if is_evaluated:

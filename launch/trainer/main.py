@@ -23,11 +23,12 @@ from largebatch.launch.supervise.launcher import be_the_only_rank, is_launched
 from largebatch.launch.supervise.signals import end_with_launcher
 from largebatch.launch.trainer.engines import build_engine, check_ds_config, find_micro_batch, set_up_deepspeed
 from largebatch.launch.trainer.loop import Outcome, TrainingLoop
-from largebatch.launch.trainer.reporting import Reporter, discard_after, mean_of_last_evaluations
+from largebatch.launch.trainer.reporting import Reporter, discard_after, mean_of_last_evaluations, table
 from largebatch.launch.trainer.saving import atomic, resuming, step_folders
 from largebatch.launch.trainer.saving.storage import broadcast, follow_storage
 from largebatch.launch.trainer.step_reports import speed_name
 from largebatch.launch.trainer.task import Task, build_task
+from largebatch.optim.registry import OPTIMIZERS
 
 
 @dataclass
@@ -247,24 +248,12 @@ def write_configs(run: Run) -> None:
 
 
 def announce(reporter: Reporter, engine: Any, run: Run, phase: Phase, first_step: int, batch_norm: str) -> None:
-    """Everything in force, and the filled-in config."""
-    resolved, task = phase.resolved, run.tasks[phase.number]
-    precision = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
-    optimizer = resolved.config["optimizer"]
-    clipping = engine.gradient_clipping()
-    is_automatic = run.is_micro_batch_automatic[phase.number]
-    reporter.say(
-        f"{f'phase {phase.number + 1} of {phase.num_phases}: ' if phase.num_phases > 1 else ''}"
-        f"{task.description}, {optimizer['type']} lr "
-        f"{optimizer.get('params', {}).get('lr')}, global batch {resolved.global_batch} = {resolved.micro_batch} x "
-        f"{resolved.accumulation_steps} accumulation steps x {run.world_size} ranks on {engine.device.type}, {resolved.num_steps} "
-        f"steps{f' from step {first_step}' if first_step else ''}, {precision}, ZeRO stage "
-        f"{engine.zero_optimization_stage()}, gradient clipping {f'at {clipping}' if clipping else 'off'}, seed "
-        f"{resolved.section['seed']}"
-    )
+    """What is in force, as a short table; the filled-in config is in the run's folder."""
+    resolved = phase.resolved
+    reporter.say(table(in_force(engine, run, phase, first_step)))
     if batch_norm:
         reporter.say(batch_norm)
-        if is_automatic and "ghost_batch_size" not in resolved.section["batch_norm"]:
+        if run.is_micro_batch_automatic[phase.number] and "ghost_batch_size" not in resolved.section["batch_norm"]:
             reporter.say(
                 f"warning: the micro-batch of {resolved.micro_batch} was chosen for this machine, and batch normalisation goes "
                 "over it, so that another machine trains another network; set largebatch.batch_norm.ghost_batch_size"
@@ -274,7 +263,6 @@ def announce(reporter: Reporter, engine: Any, run: Run, phase: Phase, first_step
     if phase.number:
         reporter.event("phase", step=phase.first_step, phase=phase.number + 1, config=resolved.config)
         return
-    reporter.say(f"ds_config with every 'auto' filled in: {json.dumps(resolved.config)}")
     excluded = getattr(engine.basic_optimizer, "excluded_layers", [])
     reporter.event(
         "start",
@@ -283,6 +271,33 @@ def announce(reporter: Reporter, engine: Any, run: Run, phase: Phase, first_step
         device=str(engine.device.type),
         excluded={p.name: {"is_adapted": p.is_adapted, "is_decayed": p.is_decayed} for p in excluded},
     )
+
+
+def in_force(engine: Any, run: Run, phase: Phase, first_step: int) -> dict[str, str]:
+    """The rows of the table with which a phase begins."""
+    resolved, config = phase.resolved, phase.resolved.config
+    optimizer, params = config["optimizer"], config["optimizer"].get("params", {})
+    schedule, clipping = config.get("scheduler", {}), engine.gradient_clipping()
+    lengths = [f"{name} {value}" for name, value in schedule.get("params", {}).items()]
+    rows = {
+        "phase": f"{phase.number + 1} of {phase.num_phases}",
+        "model": resolved.section["model"],
+        "data": f"{run.tasks[phase.number].description}, seed {resolved.section['seed']}",
+        "batch": f"{resolved.global_batch} = {resolved.micro_batch} x {resolved.accumulation_steps} accumulation steps x "
+        f"{run.world_size} ranks on {engine.device.type}",
+        "steps": f"{resolved.num_steps}{f' from step {first_step}' if first_step else ''}",
+        "optimizer": f"{optimizer['type']} lr {params.get('lr')}, gradient clipping {f'at {clipping}' if clipping else 'off'}",
+        "schedule": ", ".join([schedule.get("type", "constant"), *lengths]),
+        "precision": "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32",
+        "stage": f"ZeRO {engine.zero_optimization_stage()}",
+        "kernels": params.get("kernels", "auto")
+        if optimizer["type"].lower() in OPTIMIZERS
+        else f"those of {optimizer['type']}",
+        "ds_config": os.path.join(run.folder, config_name(phase.number)),
+    }
+    if phase.num_phases == 1:
+        del rows["phase"]
+    return rows
 
 
 def finish(run: Run, loop: TrainingLoop, outcome: Outcome) -> None:

@@ -57,7 +57,7 @@ class Pretraining:
         self.test = SentencePairs(self.corpus.test, self.corpus.vocabulary, options)
         self.num_samples = len(self.train)
         self.description = (
-            f"{section['model']} on text ({self.num_samples} sequences of {self.sequence_length} tokens, vocabulary of "
+            f"text ({self.num_samples} sequences of {self.sequence_length} tokens, vocabulary of "
             f"{len(self.corpus.vocabulary)})"
         )
 

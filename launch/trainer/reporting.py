@@ -121,6 +121,12 @@ class Reporter:
             self.file.close()
 
 
+def table(rows: dict[str, str]) -> str:
+    """Names and values in two columns."""
+    width = max(map(len, rows))
+    return "\n".join(f"  {name.ljust(width)}  {value}" for name, value in rows.items())
+
+
 def discard_after(path: str, step: int, *, is_last: bool = False) -> None:
     """Drops the lines of the metrics file that a resumed run will write again: those of later steps.
 

@@ -31,10 +31,14 @@ class TakenStep:
 
 @dataclass
 class Speed:
-    """Samples trained and seconds spent on them, evaluations and checkpoints aside."""
+    """Samples trained and seconds spent on them, evaluations and checkpoints aside.
+
+    The first step does not count once there is a second: it may have compiled kernels.
+    """
 
     seconds: float = 0.0
     samples: int = 0
+    num_steps: int = 0
     last: float = field(default_factory=time.perf_counter)
 
     def restart(self) -> None:
@@ -44,6 +48,9 @@ class Speed:
         """Seconds since the last call or restart."""
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
+        if self.num_steps == 1:
+            self.seconds, self.samples = 0.0, 0
+        self.num_steps += 1
         self.seconds += seconds
         self.samples += num_samples
         return seconds

@@ -13,7 +13,7 @@ class Task(Protocol):
     """One section "largebatch" of a recipe, with its data. Built the same on every rank.
 
     Attributes:
-        description: model and data for one log line, e.g. "lenet on mnist (60000 images)".
+        description: of the data, for one line, e.g. "mnist (60000 images)".
         num_samples: of the training set.
         sample_name: what a sample is called, in the plural: "images", "sequences". Speeds are reported as
             images_per_second for images and samples_per_second for anything else.

@@ -66,10 +66,17 @@ def test_stages_2_and_3_train_the_same(accumulated, tmp_path, stage):
 
 def test_what_a_run_leaves_behind(accumulated):
     folder, out = accumulated
-    assert (
-        "global batch 480 = 20 x 12 accumulation steps x 2 ranks on cpu, 8 steps, fp32, ZeRO stage 1, gradient clipping off"
-        in out
-    )
+    rows = dict(line.split(maxsplit=1) for line in out.splitlines() if line.startswith("  "))
+    assert {
+        "batch": "480 = 20 x 12 accumulation steps x 2 ranks on cpu",
+        "steps": "8",
+        "precision": "fp32",
+        "stage": "ZeRO 1",
+        "kernels": "auto",
+        "ds_config": f"{folder}/ds_config.json",
+    }.items() <= rows.items()
+    assert {"model", "data", "optimizer", "schedule"} <= rows.keys() and rows["optimizer"].endswith("clipping off")
+    assert '"train_batch_size"' not in out, "the filled-in ds_config is in its file"
     assert "test accuracy: top-1 0." in out and f"checkpoint: {folder}/checkpoints/step8" in out
     (start,) = launching.events(folder, "start")
     assert start["config"]["optimizer"]["params"]["lr"] > 0 and start["world_size"] == 2
