@@ -26,7 +26,7 @@ def load_data(name: str, folder: str | None, options: dict[str, Any] | None = No
     """Reads a data set of images from disk, or lists its files; downloads nothing.
 
     Args:
-        name: a key of inputs.options.AUGMENTATIONS other than "text".
+        name: a key of options.AUGMENTATIONS other than "text".
         folder: --data.
         options: the recipe's data_options, checked.
 
