@@ -16,7 +16,7 @@ from largebatch.launch.doctor.findings import FAILS, Finding, Requirements, judg
 from largebatch.launch.doctor.gathering import Gathered, gather
 from largebatch.launch.doctor.nodes import launching_findings, read_hostfile
 from largebatch.launch.doctor.printing import report_text
-from largebatch.launch.recipe.flags import Parser
+from largebatch.launch.recipe.flags import ABOVE_ZERO, ONE_OR_MORE, Parser
 
 GIB = 1 << 30
 START_SECONDS = 120
@@ -75,27 +75,27 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", metavar="DIR", help="folder of the data set, as for launch/train.py")
     parser.add_argument("--output", metavar="DIR", default="runs", help="where results will go (default: runs)")
     parser.add_argument(
-        "--ranks", type=positive(int), metavar="N", help="ranks without --hostfile (default: one a GPU, else 2)"
+        "--ranks", type=ONE_OR_MORE, metavar="N", help="ranks without --hostfile (default: one a GPU, else 2)"
     )
     parser.add_argument(
-        "--need-memory", type=positive(float), default=2.0, metavar="GIB", help="host memory of a rank (default: 2)"
+        "--need-memory", type=ABOVE_ZERO, default=2.0, metavar="GIB", help="host memory of a rank (default: 2)"
     )
     parser.add_argument(
-        "--need-disk", type=positive(float), default=1.0, metavar="GIB", help="disk for results (default: 1)"
+        "--need-disk", type=ABOVE_ZERO, default=1.0, metavar="GIB", help="disk for results (default: 1)"
     )
     parser.add_argument(
-        "--timeout", type=positive(float), default=60.0, metavar="SECONDS", help="for the ranks to meet (default: 60)"
+        "--timeout", type=ABOVE_ZERO, default=60.0, metavar="SECONDS", help="for the ranks to meet (default: 60)"
     )
     parser.add_argument("--master-addr", "--master_addr", metavar="ADDRESS", help="of rank 0, as for deepspeed")
     parser.add_argument(
         "--master-port",
         "--master_port",
-        type=positive(int),
+        type=ONE_OR_MORE,
         default=29500,
         metavar="PORT",
         help="as for deepspeed (default: 29500)",
     )
-    parser.add_argument("--ssh-port", "--ssh_port", type=positive(int), metavar="PORT", help="as for deepspeed")
+    parser.add_argument("--ssh-port", "--ssh_port", type=ONE_OR_MORE, metavar="PORT", help="as for deepspeed")
     parser.add_argument(
         "--read", metavar="FILE", help="judge what rank_check has printed under another launcher (-: standard input)"
     )
@@ -104,19 +104,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--patches", action="store_true", help="print what largebatch changes in DeepSpeed, and why, and nothing else"
     )
     return parser.parse_args(argv)
-
-
-def positive(kind: type) -> Any:
-    def convert(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text!r}; expected a number > 0")
-        return value
-
-    return convert
 
 
 def launch(arguments: argparse.Namespace, slots: dict[str, int]) -> list[str]:

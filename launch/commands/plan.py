@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from largebatch.launch.data.options import NUM_SAMPLES, filled_options
-from largebatch.launch.recipe.flags import Parser
-from largebatch.launch.recipe.reading import read_recipe
+from largebatch.launch.recipe.flags import ABOVE_ZERO, ONE_OR_MORE, Parser
+from largebatch.launch.recipe.reading import read_recipe, set_precision
 from largebatch.launch.recipe.resolved_run import micro_batch_candidates, resolve
 from largebatch.launch.recipe.section import check_section, phase_recipes
 from largebatch.launch.sizing import scaled_recipe, size_report
@@ -41,25 +41,25 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     what = parser.add_argument_group("what is trained")
     what.add_argument("--recipe", metavar="NAME|JSON", help="see `largebatch recipes`")
-    what.add_argument("--recipe-phase", type=positive, metavar="N", help="which phase of a recipe that has several")
+    what.add_argument("--recipe-phase", type=ONE_OR_MORE, metavar="N", help="which phase of a recipe that has several")
     what.add_argument("--model", help="without --recipe: its recipe of the nearest batch, e.g. resnet50")
     what.add_argument("--data-set", help="with --model, e.g. imagenet")
     what.add_argument("--optimizer", help="with --model, e.g. LAMB")
-    what.add_argument("--global-batch", type=positive, metavar="N", help="samples of a step (default: the recipe's)")
+    what.add_argument("--global-batch", type=ONE_OR_MORE, metavar="N", help="samples of a step (default: the recipe's)")
     what.add_argument(
-        "--num-samples", type=positive, metavar="N", help="in the training set, where the data set does not say"
+        "--num-samples", type=ONE_OR_MORE, metavar="N", help="in the training set, where the data set does not say"
     )
-    what.add_argument("--epochs", type=above_zero, help="in place of the recipe's length")
+    what.add_argument("--epochs", type=ABOVE_ZERO, help="in place of the recipe's length")
     what.add_argument("--rule", choices=RULES, help="of learning rate and warm-up, where the batch is not the recipe's "
                       "(default: table for LARS, linear for SGD, sqrt for the others)")  # fmt: skip
     where = parser.add_argument_group("where")
-    where.add_argument("--gpus", type=positive, metavar="N", help="of a node (default: those of this machine)")
-    where.add_argument("--nodes", type=positive, default=1, metavar="N")
+    where.add_argument("--gpus", type=ONE_OR_MORE, metavar="N", help="of a node (default: those of this machine)")
+    where.add_argument("--nodes", type=ONE_OR_MORE, default=1, metavar="N")
     where.add_argument("--gpu-memory", type=size, metavar="SIZE", help="e.g. 24GB (default: of this machine's GPU)")
     where.add_argument("--network", metavar="NAME|A,B", help=f"between nodes: {', '.join(NETWORKS)}, or alpha in s, beta in "
                        "s/byte (default: 100gbe)")  # fmt: skip
     where.add_argument("--gpu-network", default="pcie4", metavar="NAME|A,B", help="inside a node (default: pcie4)")
-    where.add_argument("--throughput", type=above_zero, metavar="SAMPLES/S", help="of a GPU, forward and backward "
+    where.add_argument("--throughput", type=ABOVE_ZERO, metavar="SAMPLES/S", help="of a GPU, forward and backward "
                        "(default: measured here)")  # fmt: skip
     where.add_argument("--overlap", type=float, default=0.0, metavar="0..1", help="share of the last backward pass that hides "
                        "communication (default: 0)")  # fmt: skip
@@ -67,26 +67,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     how.add_argument("--precision", choices=PRECISIONS, help="in place of the recipe's")
     how.add_argument("--zero-stage", default="auto", metavar="0..3|auto")
     how.add_argument("--offload", choices=OFFLOADS)
-    how.add_argument("--micro-batch", type=positive, metavar="N")
+    how.add_argument("--micro-batch", type=ONE_OR_MORE, metavar="N")
     out = parser.add_argument_group("result")
     out.add_argument("--output", metavar="JSON", help="write the complete ds_config there")
     out.add_argument("--json", action="store_true", help="print JSON")
     out.add_argument("--published", action="store_true", help="the papers' systems through the same time model")
     return parser.parse_args(argv)
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}; expected an integer >= 1")
-    return value
-
-
-def above_zero(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}; expected a number > 0")
-    return value
 
 
 def size(text: str) -> int:
@@ -164,7 +150,7 @@ def make(arguments: argparse.Namespace) -> Planned:
     name, recipe = scaled_recipe.read(arguments, read_recipe)
     recipe = phase_of(recipe, arguments.recipe_phase, name)
     if arguments.precision:
-        recipe = scaled_recipe.with_precision(recipe, arguments.precision)
+        set_precision(recipe, arguments.precision)
     recipe["largebatch"] = check_section(recipe)
     if arguments.epochs is not None:
         recipe["largebatch"] |= {"epochs": arguments.epochs, "steps": None}

@@ -9,7 +9,7 @@ import sys
 import time
 from dataclasses import dataclass
 
-from largebatch.launch.recipe.flags import Parser
+from largebatch.launch.recipe.flags import SECONDS, ZERO_OR_MORE, Parser
 from largebatch.launch.supervise import exits
 from largebatch.launch.supervise.launcher import SupervisedJob, adopt_orphans, stop_requests
 from largebatch.launch.trainer.run_progress import progress_of
@@ -43,36 +43,24 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "checkpoint. Example: largebatch run --max-restarts 10 deepspeed --hostfile hostfile launch/train.py "
         "--deepspeed_config RECIPE --output DIR",
     )
-    parser.add_argument("--max-restarts", type=whole, default=10, metavar="N", help="at most so many (default: 10)")
     parser.add_argument(
-        "--back-off", type=seconds, default=5.0, metavar="SECONDS",
+        "--max-restarts", type=ZERO_OR_MORE, default=10, metavar="N", help="at most so many (default: 10)"
+    )
+    parser.add_argument(
+        "--back-off", type=SECONDS, default=5.0, metavar="SECONDS",
         help="before a restart; doubled while there is no progress, up to 300 (default: 5)",
     )  # fmt: skip
     parser.add_argument(
-        "--hang-timeout", type=seconds, metavar="SECONDS",
+        "--hang-timeout", type=SECONDS, metavar="SECONDS",
         help="start again, too, when no step has ended for so long; longer than an evaluation and a checkpoint together "
         "(default: never; collectives have a timeout of their own, largebatch.collective_timeout_seconds)",
     )  # fmt: skip
     parser.add_argument(
-        "--grace", type=seconds, default=120.0, metavar="SECONDS",
+        "--grace", type=SECONDS, default=120.0, metavar="SECONDS",
         help="for the ranks to save after Ctrl-C or SIGTERM, before they are killed (default: 120)",
     )  # fmt: skip
     parser.add_argument("command", nargs=argparse.REMAINDER, help="deepspeed [options] launch/train.py [arguments]")
     return parser.parse_args(argv)
-
-
-def whole(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text!r}; expected an integer >= 0")
-    return value
-
-
-def seconds(text: str) -> float:
-    value = float(text)
-    if not value >= 0:
-        raise argparse.ArgumentTypeError(f"{text!r}; expected a number >= 0")
-    return value
 
 
 def main(argv: list[str]) -> int:

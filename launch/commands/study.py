@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import largebatch.ds_configs
-from largebatch.launch.recipe.flags import Parser
+from largebatch.launch.recipe.flags import ONE_OR_MORE, Parser
 from largebatch.launch.recipe.reading import set_entry
 from largebatch.launch.recipe.section import SECTION_DEFAULTS, phase_recipes
 from largebatch.launch.study import plots, results, runner
@@ -44,16 +44,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", metavar="DIR", help="folder of the data set (not needed for digits)")
     parser.add_argument("--batches", required=True, type=integers, metavar="N,N,...", help="global batches")
     parser.add_argument("--optimizers", required=True, type=names, metavar="NAME,...", help="e.g. sgd,lars,lamb,adamw")
-    parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="seeds 1 to N (default 3)")
+    parser.add_argument("--seeds", type=ONE_OR_MORE, default=3, metavar="N", help="seeds 1 to N (default 3)")
     parser.add_argument("--epochs", type=float, help="length of every run, in place of the recipes'")
-    parser.add_argument("--steps", type=positive, help="length of every run, in place of the recipes'")
+    parser.add_argument("--steps", type=ONE_OR_MORE, help="length of every run, in place of the recipes'")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="as for launch/train.py, for every run"
     )
     parser.add_argument(
         "--finished", metavar="CSV", help="runs.csv of an earlier study: its runs are taken as they are, not done again"
     )
-    parser.add_argument("--ranks", type=positive, help="processes (default: one per GPU, or 2 on the CPU)")
+    parser.add_argument("--ranks", type=ONE_OR_MORE, help="processes (default: one per GPU, or 2 on the CPU)")
     parser.add_argument("--recipes", metavar="DIR", help="folder of recipes (default: those of the package)")
     parser.add_argument(
         "--variant",
@@ -68,15 +68,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}; expected an integer >= 1")
-    return value
-
-
 def integers(text: str) -> list[int]:
-    return unique([positive(part) for part in text.split(",")])
+    return unique([ONE_OR_MORE(part) for part in text.split(",")])
 
 
 def names(text: str) -> list[str]:

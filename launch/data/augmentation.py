@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from largebatch.launch.data.random_numbers import integers, uniforms
+from largebatch.launch.data.sample_order import integers, uniforms
 from largebatch.launch.data.transfers import uploaded
 
 Transform = Callable[[Image.Image], Image.Image]

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from largebatch.launch.data.augmentation import Transform
 from largebatch.launch.data.data_set import ImageFiles
 from largebatch.launch.data.image_folder import UnreadableImageError, read_image
-from largebatch.launch.data.random_numbers import hashes
+from largebatch.launch.data.sample_order import hashes
 
 MOST_AUTOMATIC_WORKERS = 16
 TRANSFORM_STREAM = 100

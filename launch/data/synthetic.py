@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from largebatch.launch.data.data_set import DataSet
-from largebatch.launch.data.random_numbers import integers
+from largebatch.launch.data.sample_order import integers
 from largebatch.launch.data.transfers import uploaded
 
 NUM_OFFSETS = 256

@@ -7,9 +7,11 @@ hundred keys, which has a reader of its own; a dozen flags a command are a dozen
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
@@ -33,6 +35,24 @@ class Parser(argparse.ArgumentParser):
             return argument
         tell(f"{spelling} is written {self.earlier[spelling]} now")
         return self.earlier[spelling] + equals + value
+
+
+def number(kind: Callable[[str], Any], is_allowed: Callable[[Any], bool], expected: str) -> Callable[[str], Any]:
+    """The type of a flag that takes numbers."""
+
+    def convert(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            if is_allowed(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r}; expected {expected}")
+
+    return convert
+
+
+ONE_OR_MORE = number(int, lambda n: n >= 1, "an integer >= 1")
+ZERO_OR_MORE = number(int, lambda n: n >= 0, "an integer >= 0")
+ABOVE_ZERO = number(float, lambda x: 0 < x < math.inf, "a number > 0")
+SECONDS = number(float, lambda x: x >= 0, "a number >= 0")
 
 
 def tell(note: str) -> None:

@@ -82,6 +82,15 @@ def set_entry(recipe: dict[str, Any], assignment: str) -> None:
     node[last] = value
 
 
+def set_precision(recipe: dict[str, Any], precision: str) -> None:
+    """Makes a compute type that of a recipe, whose options for it stay."""
+    for name in ("fp16", "bf16"):
+        if precision == name:
+            recipe.setdefault(name, {})["enabled"] = True
+        else:
+            recipe.pop(name, None)
+
+
 def apply_overrides(recipe: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
     """The recipe with everything that the command line changes, without top-level entries that are null.
 
@@ -100,11 +109,7 @@ def apply_overrides(recipe: dict[str, Any], arguments: argparse.Namespace) -> di
     if arguments.zero_stage is not None:
         recipe.setdefault("zero_optimization", {})["stage"] = arguments.zero_stage
     if arguments.precision is not None:
-        for name in ("fp16", "bf16"):
-            if arguments.precision == name:
-                recipe.setdefault(name, {})["enabled"] = True
-            else:
-                recipe.pop(name, None)
+        set_precision(recipe, arguments.precision)
     for assignment in arguments.set:
         set_entry(recipe, assignment)
     recipe = renamed({key: value for key, value in recipe.items() if value is not None})

@@ -67,15 +67,6 @@ def precision_of(recipe: dict[str, Any]) -> str:
     return next((name for name in ("bf16", "fp16") if recipe.get(name, {}).get("enabled")), "fp32")
 
 
-def with_precision(recipe: dict[str, Any], precision: str) -> dict[str, Any]:
-    recipe = copy.deepcopy(recipe)
-    for name in ("bf16", "fp16"):
-        recipe.pop(name, None)
-    if precision != "fp32":
-        recipe[precision] = {"enabled": True}
-    return recipe
-
-
 def optimizer_of(recipe: dict[str, Any]) -> tuple[str, int | None]:
     """Key of memory.STATE_BYTES, and the bytes of state per parameter where they are not the usual.
 

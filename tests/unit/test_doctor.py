@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from largebatch.launch.commands import doctor as doctor_command
-from largebatch.launch.doctor import findings, lines, nodes, resources, software
+from largebatch.launch.doctor import findings, gathering, nodes, resources, software
 from largebatch.launch.doctor.findings import FAILS, WARNS, Requirements
 from largebatch.launch.doctor.gathering import gather
 from largebatch.launch.doctor.rank_check import node_report
@@ -69,7 +69,7 @@ def output_of(capsys, *records):
     """What ranks print: (kind, rank, record) each."""
     capsys.readouterr()
     for kind, rank, record in records:
-        lines.emit(kind, rank, record)
+        gathering.emit(kind, rank, record)
     return capsys.readouterr().out.splitlines()
 
 
@@ -184,14 +184,14 @@ def test_records_survive_other_lines_prefixes_and_any_order(records, order):
     old, sys.stdout = sys.stdout, io.StringIO()
     try:
         for rank, record in records.items():
-            lines.emit("node", rank, record)
+            gathering.emit("node", rank, record)
         out, sys.stdout = sys.stdout.getvalue(), old
     finally:
         sys.stdout = old
     printed = [f"node{order.randint(1, 9)}: {line}" for line in out.split("\n") if line] + ["noise", ""]
     assert all(len(line) < 4096 for line in printed)
     order.shuffle(printed)
-    found, others = lines.collect(printed)
+    found, others = gathering.collect(printed)
     assert found.get("node", {}) == records and sorted(others) == ["", "noise"]
 
 
@@ -199,7 +199,7 @@ def test_a_record_that_lost_a_line_counts_as_none(capsys):
     output = output_of(capsys, ("node", 0, {"long": "x" * 10_000}))
     assert len(output) == 4
     lost = random.Random(0).randrange(4)
-    assert lines.collect(output[:lost] + output[lost + 1 :])[0] == {}
+    assert gathering.collect(output[:lost] + output[lost + 1 :])[0] == {}
 
 
 def test_this_machine_as_it_is(tmp_path):

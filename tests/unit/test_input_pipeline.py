@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from largebatch.launch.data.data_set import DataSet, Images
 from largebatch.launch.data.image_loader import ImageLoader, evaluation_indices
 from largebatch.launch.data.options import check_data_options
-from largebatch.launch.data.random_numbers import hashes, integers, uniforms
-from largebatch.launch.data.sample_order import SampleOrder
+from largebatch.launch.data.sample_order import SampleOrder, hashes, integers, uniforms
 from largebatch.launch.data.sources import load_data
 from largebatch.launch.data.synthetic import load_synthetic
 
