@@ -10,7 +10,7 @@ state of the one before. A phase is a part of a recipe, laid over the rest of it
           "optimizer": {"params": {"lr": 0.004}}, "scheduler": {"params": {"warmup_steps": 200}}}]},
      "optimizer": ..., "scheduler": {"type": "WarmupPolyLR", "params": {"total_steps": "auto", "power": 1}}}
 
-Each stage's schedule begins anew. Model, model options, optimizer type, precision and ZeRO stage stay.
+Each phase's schedule begins anew. Model, model options, optimizer type, precision and ZeRO stage stay.
 """
 
 from __future__ import annotations

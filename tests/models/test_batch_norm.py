@@ -1,4 +1,4 @@
-"""Batch normalisation over a ghost_batch_size, against torch's own layer on exactly the images that the ghost_batch_size should hold."""
+"""Batch normalisation over ghost batches, against torch's own layer on exactly the images that each should hold."""
 
 import copy
 
@@ -162,7 +162,7 @@ def davidnet_gradients(micro_batch, accumulation_steps, ghost_batch_size):
 
 
 def test_the_gradient_of_a_global_batch_does_not_depend_on_the_layout(rank_pool):
-    """Spans of 4 images in every split of a global batch of 16, and with the micro-batch as ghost_batch_size another gradient."""
+    """Ghost batches of 4 images in every split of a global batch of 16; with the micro-batch in their place another gradient."""
     (expected, statistics), *_ = rank_pool.run(1, davidnet_gradients, 16, 1, 4)
     for world_size, micro_batch, accumulation_steps in (
         (1, 8, 2),
