@@ -10,7 +10,8 @@ import time
 import psutil
 import pytest
 
-from largebatch.launch.commands.run import main, output_of, what_happened, with_resume
+from largebatch.launch.commands.run import main, output_of, with_resume
+from largebatch.launch.supervise.restarts import what_happened
 from largebatch.launch.trainer.run_progress import progress_of
 
 STAND_IN = pathlib.Path(__file__).parents[1] / "support" / "dying_launcher.py"

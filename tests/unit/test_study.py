@@ -14,7 +14,7 @@ import largebatch.ds_configs
 from largebatch.launch.commands import study as study_command
 from largebatch.launch.recipe.resolved_run import resolve
 from largebatch.launch.recipe.section import phase_recipes
-from largebatch.launch.study import grid, plots, results, runner
+from largebatch.launch.study import grid, grid_study, plots, results, runner
 
 RECIPES = pathlib.Path(largebatch.ds_configs.__file__).parent
 PUBLISHED = pathlib.Path(__file__).parents[2] / "docs" / "results" / "mnist" / "runs.csv"
@@ -82,7 +82,7 @@ def test_a_stretched_or_phased_recipe_is_recognised(tmp_path):
         assert runner.differences(recipe, str(folder)) == []
         other = recipe | {"largebatch": recipe["largebatch"] | {"schedule_stretch": 2}}
         assert any("largebatch.epochs" in text for text in runner.differences(other, str(folder)))
-    assert study_command.Progress().samples_of(phase_recipes(stretched | {"largebatch": {"steps": 9}})[0]) == 9 * 8192
+    assert grid_study.Pace().samples_of(phase_recipes(stretched | {"largebatch": {"steps": 9}})[0]) == 9 * 8192
 
 
 def test_runs_go_seed_by_seed():
@@ -355,7 +355,7 @@ def test_what_is_in_the_digest():
 
 def test_two_studies_cannot_share_a_folder(trained, tmp_path, capsys):
     arguments = study_command.parse_arguments([*GRID, "--output", str(tmp_path)])
-    with study_command.Study(arguments, []).locked():
+    with grid_study.Study(arguments, []).locked():
         assert study(tmp_path) == 2
     assert "another study, or a run that it left, is at work" in capsys.readouterr().err and not trained.calls
 
@@ -393,4 +393,4 @@ def test_layers_of_one_run(tmp_path, capsys):
 
 
 def test_durations():
-    assert [study_command.duration(s) for s in (4.4, 65, 3600 * 2 + 61)] == ["4 s", "1 min 05 s", "2 h 01 min"]
+    assert [grid_study.duration(s) for s in (4.4, 65, 3600 * 2 + 61)] == ["4 s", "1 min 05 s", "2 h 01 min"]
