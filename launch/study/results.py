@@ -11,7 +11,7 @@ import statistics
 from dataclasses import astuple, dataclass, fields
 from typing import Any
 
-from largebatch.launch.recipe.section import SECTION_DEFAULTS
+from largebatch.launch.recipe.section import RENAMED, SECTION_DEFAULTS
 from largebatch.launch.study.grid import GridRun
 
 NOT_A_SETTING = (
@@ -19,6 +19,8 @@ NOT_A_SETTING = (
     "save_in_background", "keep_last", "keep_best", "collective_timeout_seconds",
 )  # fmt: skip
 """Keys of the "largebatch" section that change nothing in the training."""
+
+FIRST_NAMES = {new: path[-1] for path, new in RENAMED.items()}
 
 SPEEDS = ("images_per_second", "samples_per_second")
 
@@ -48,14 +50,18 @@ def digest(recipe: dict[str, Any]) -> str:
     """Twelve hexadecimal digits that two recipes share if they ask for the same training but for the seed.
 
     A key of the "largebatch" section counts as left out where it has its default. What a recipe leaves to the trainer or to
-    DeepSpeed ("auto", defaults) is not in it: another version of either may do otherwise.
+    DeepSpeed ("auto", defaults) is not in it: another version of either may do otherwise. Keys that have been renamed count
+    under their first names, so that the rows of earlier studies are known again.
     """
     section = trained_with(recipe["largebatch"])
     section = {
         key: value for key, value in section.items() if key != "seed" and (key, value) not in SECTION_DEFAULTS.items()
     }
-    settings = json.dumps(recipe | {"largebatch": section}, sort_keys=True)
-    return hashlib.sha256(settings.encode()).hexdigest()[:12]
+    settings = json.loads(
+        json.dumps(recipe | {"largebatch": section}),
+        object_pairs_hook=lambda pairs: {FIRST_NAMES.get(key, key): value for key, value in pairs},
+    )
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def speed_of(end: dict[str, Any]) -> float:

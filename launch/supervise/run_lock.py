@@ -1,4 +1,8 @@
-"""One run at a time writes into a folder."""
+"""One run at a time writes into a folder.
+
+filelock holds the same lock of the system, which goes with the process however that ends. What it does not have is the line that
+says who holds it, and for that the file has to be ours anyway.
+"""
 
 from __future__ import annotations
 

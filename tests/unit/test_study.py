@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import largebatch.ds_configs
 from largebatch.launch.commands import study as study_command
+from largebatch.launch.recipe.reading import load_recipes
 from largebatch.launch.recipe.resolved_run import resolve
 from largebatch.launch.recipe.section import phase_recipes
 from largebatch.launch.study import grid, grid_study, plots, results, runner
@@ -394,3 +395,11 @@ def test_layers_of_one_run(tmp_path, capsys):
 
 def test_durations():
     assert [grid_study.duration(s) for s in (4.4, 65, 3600 * 2 + 61)] == ["4 s", "1 min 05 s", "2 h 01 min"]
+
+
+def test_renamed_keys_do_not_change_the_digest():
+    """The rows of a study from before are taken for what they are."""
+    recipe = load_recipes()["davidnet_cifar10_lars_512"]
+    assert "ghost_batch_size" in recipe["largebatch"]["batch_norm"]
+    earlier = recipe["largebatch"] | {"batch_norm": {"span": 512, "momentum": 0.5}}
+    assert results.digest(recipe | {"largebatch": earlier}) == results.digest(recipe)
