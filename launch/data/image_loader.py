@@ -40,25 +40,16 @@ class ImageLoader:
     unreadable: dict[str, str] = field(default_factory=dict)
     _resident: dict[int, Source] = field(default_factory=dict)
 
-    def micro_batches(
-        self,
-        *,
-        seed: int,
-        global_batch: int,
-        micro_batch: int,
-        rank: int,
-        world_size: int,
-        device: torch.device,
-        first_step: int = 0,
-    ) -> Iterator[ImageBatch]:
-        """Those of one rank, endlessly, from step ``first_step`` on; on ``device``.
+    def micro_batches(self, *, seed: int, device: torch.device, **layout: int) -> Iterator[ImageBatch]:
+        """Those of one rank, endlessly; on ``device``.
 
         Images in memory are kept on the device (uint8), so that nothing is copied while training.
+
+        Args:
+            layout: of the global batch, as micro_batch_ranges takes it.
         """
         order = SampleOrder(len(self.data.train), seed)
-        ranges = micro_batch_ranges(
-            global_batch=global_batch, micro_batch=micro_batch, rank=rank, world_size=world_size, first_step=first_step
-        )
+        ranges = micro_batch_ranges(**layout)
         if isinstance(self.data.train, ImageFiles):
             yield from self._from_files(order, ranges, seed, device)
             return

@@ -43,7 +43,7 @@ class SampleOrder:
 
 
 def micro_batch_ranges(
-    *, global_batch: int, micro_batch: int, rank: int, world_size: int, first_step: int
+    *, global_batch: int, micro_batch: int, rank: int, world_size: int, first_step: int = 0
 ) -> Iterator[range]:
     """The sample numbers of one rank's micro-batches, endlessly, from optimizer step ``first_step`` on.
 

@@ -236,7 +236,8 @@ def resolve(recipe: dict[str, Any], *, num_samples: int, world_size: int, output
     if num_steps > LONGEST:
         length = {name: section[name] for name in ("epochs", "steps") if section[name] is not None}
         raise ValueError(f"largebatch has a length of {length}, {num_steps:.3g} steps; expected at most {LONGEST}")
-    section["layer_stats_every_steps"] = automatic(section["layer_stats_every_steps"], max(1, num_steps // 100))
+    if section["layer_stats_every_steps"] == "auto":
+        section["layer_stats_every_steps"] = max(1, num_steps // 100)
     fill_accumulation(config, accumulation_steps)
     fill_optimizer(config, section, global_batch)
     fill_scheduler(config, num_steps, steps_per_epoch)
@@ -274,10 +275,6 @@ def stretch_lengths(config: dict[str, Any]) -> None:
             params[name] = [milestone * stretch for milestone in value]
         elif is_number(value):
             params[name] = value * stretch
-
-
-def automatic(value: Any, filled_in: Any) -> Any:
-    return filled_in if value == "auto" else value
 
 
 def fill_accumulation(config: dict[str, Any], accumulation_steps: int) -> None:

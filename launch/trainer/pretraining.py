@@ -68,23 +68,15 @@ class Pretraining:
             **self.section["model_options"],
         )
 
-    def micro_batches(
-        self,
-        *,
-        seed: int,
-        global_batch: int,
-        micro_batch: int,
-        rank: int,
-        world_size: int,
-        device: torch.device,
-        first_step: int = 0,
-    ) -> Iterator[PairBatch]:
-        """Made by a thread, a few ahead of training."""
-        check_same_on_all_ranks(self.corpus.digest, rank, world_size, device)
+    def micro_batches(self, *, seed: int, device: torch.device, **layout: int) -> Iterator[PairBatch]:
+        """Made by a thread, a few ahead of training.
+
+        Args:
+            layout: of the global batch, as micro_batch_ranges takes it.
+        """
+        check_same_on_all_ranks(self.corpus.digest, layout["rank"], layout["world_size"], device)
         order = SampleOrder(self.num_samples, seed)
-        ranges = micro_batch_ranges(
-            global_batch=global_batch, micro_batch=micro_batch, rank=rank, world_size=world_size, first_step=first_step
-        )
+        ranges = micro_batch_ranges(**layout)
 
         def make(numbers: range) -> PairBatch:
             indices = order.indices(numbers.start, numbers.stop).tolist()
