@@ -24,9 +24,9 @@ import torch.distributed as dist
 from largebatch.launch.recipe.flags import parse_arguments
 from largebatch.launch.trainer import main as train
 from largebatch.launch.trainer.loop import TrainingLoop
+from largebatch.launch.trainer.saving.atomic import save
 from largebatch.launch.trainer.saving.retention import Retention
 from largebatch.launch.trainer.saving.storage import broadcast
-from largebatch.launch.trainer.saving.writing_whole import save
 from largebatch.launch.trainer.step_reports import Speed
 
 WAYS = ("none", "foreground", "background")

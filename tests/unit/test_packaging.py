@@ -172,6 +172,13 @@ def test_no_two_modules_have_one_name():
     assert {name for name, count in names.items() if count > 1} == SHARED_NAMES.keys()
 
 
+@pytest.mark.parametrize("folder", ["benchmarks", "examples", "tests"])
+def test_others_import_modules_that_are_there(folder):
+    """Some of them run on machines that these tests do not see."""
+    for path in (ROOT / folder).rglob("*.py"):
+        assert not {i for i in imports_of(path) if i.startswith("largebatch") and i not in modules()} - {"largebatch"}, path
+
+
 def test_one_room_knows_deepspeed():
     for name, path in modules().items():
         if any(imported.partition(".")[0] == "deepspeed" for imported in imports_of(path)):
