@@ -120,25 +120,25 @@ def find_micro_batch(
     world_size: int,
     output: str,
     device: torch.device | None = None,
-) -> None:
-    """Puts the largest micro-batch that fits on a GPU in the place of "auto". A collective. On a CPU does nothing.
+) -> bool:
+    """Puts the largest micro-batch that fits on a GPU in the place of "auto", and returns whether it has. A collective.
 
     A run that is resumed keeps its micro-batch where that is still possible: batch normalisation may depend on it.
 
     Args:
         recipe: of one phase, checked; written.
         earlier: the filled-in config of the run that is to be resumed, or None.
-        device: where to try; None: the GPU of this rank, if there is one.
+        device: where to try; None: the GPU of this rank. Without one nothing is put there.
     """
     recipe["largebatch"] = check_section(recipe)
     candidates = micro_batch_candidates(recipe, world_size)
     kept = (earlier or {}).get("train_micro_batch_size_per_gpu")
     if kept in candidates:
         recipe["train_micro_batch_size_per_gpu"] = kept
-        return
+        return True
     if device is None:
         if not torch.cuda.is_available():
-            return
+            return False
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     smallest = recipe | {"train_micro_batch_size_per_gpu": candidates[0]}
     resolved = resolve(smallest, num_samples=task.num_samples, world_size=world_size, output=output)
@@ -174,3 +174,4 @@ def find_micro_batch(
     finally:
         trial.release()
     recipe["train_micro_batch_size_per_gpu"] = found
+    return True

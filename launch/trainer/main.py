@@ -116,33 +116,32 @@ def prepare(arguments) -> Run:
     recipes = phase_recipes(recipe)
     sections = [check_section(of_phase) for of_phase in recipes]
     tasks = [build_task(of_phase, arguments.data) for of_phase in sections]
-    lengths = [task.num_samples for task in tasks]
-    drafts = [  # checked before anything is started
-        resolve(of_phase, num_samples=num_samples, world_size=world_size, output=folder)
-        for of_phase, num_samples in zip(recipes, lengths, strict=True)
+    resolved_runs = [  # checked before anything is started
+        resolve(of_phase, num_samples=task.num_samples, world_size=world_size, output=folder)
+        for of_phase, task in zip(recipes, tasks, strict=True)
     ]
     check_run_folder(folder, arguments.resume)
 
     if not is_launched():
         be_the_only_rank()
     set_up_deepspeed()
-    for draft in drafts:
-        check_ds_config(draft, world_size=world_size)
+    for resolved in resolved_runs:
+        check_ds_config(resolved, world_size=world_size)
     timeout = exits.timeout_of(section)
     init_distributed(timeout=timeout)
     checkpoints = os.path.join(folder, "checkpoints")
-    for line in {follow_storage(of_phase, checkpoints) for of_phase in recipes} - {""}:
+    lines = [follow_storage(of_phase, checkpoints) for of_phase in recipes]
+    for line in {*lines} - {""}:
         if rank == 0:
             print(f"largebatch: {line}", flush=True)
     automatic = [is_micro_batch_open(of_phase) for of_phase in recipes]
-    resolved_runs = []
     # nodes may not see the first one's folder
     earlier_configs = [broadcast(earlier_config(folder, position)) for position in range(len(recipes))]
     for position, (of_phase, task) in enumerate(zip(recipes, tasks, strict=True)):
-        if automatic[position]:
-            earlier = earlier_configs[position]
-            find_micro_batch(of_phase, task, earlier=earlier, world_size=world_size, output=folder)
-        resolved_runs.append(resolve(of_phase, num_samples=task.num_samples, world_size=world_size, output=folder))
+        earlier, layout = earlier_configs[position], {"world_size": world_size, "output": folder}
+        is_found = automatic[position] and find_micro_batch(of_phase, task, earlier=earlier, **layout)
+        if is_found or lines[position]:
+            resolved_runs[position] = resolve(of_phase, num_samples=task.num_samples, **layout)
     first_step = 0
     if arguments.resume:
         first_step = step_to_resume(checkpoints, rank, is_required=arguments.resume != "auto")
