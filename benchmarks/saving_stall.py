@@ -56,7 +56,7 @@ def training_loop(arguments: argparse.Namespace, folder: str) -> TrainingLoop:
     path = os.path.join(folder, f"recipe_rank{os.environ.get('RANK', 0)}.json")  # nobody waits for another's
     pathlib.Path(path).write_text(json.dumps(recipe(arguments)), encoding="utf-8")
     run = train.prepare(parse_arguments(["--deepspeed_config", path, "--output", os.path.join(folder, "run")]))
-    train.write_configs(run)
+    train.write_configs(run.folder, run.phases, run.rank)
     return train.open_phase(run, run.phases[0], None)[0]
 
 

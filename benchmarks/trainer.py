@@ -61,7 +61,7 @@ def training_loop(arguments: argparse.Namespace, folder: str) -> Iterator[Traini
         json.dump(recipe(arguments), file)
     options = ["--deepspeed_config", path, "--output", os.path.join(folder, "run")]
     run = train.prepare(parse_arguments(options + (["--data", arguments.data_dir] if arguments.data_dir else [])))
-    train.write_configs(run)
+    train.write_configs(run.folder, run.phases, run.rank)
     loop, _ = train.open_phase(run, run.phases[0], None)
     loop.reporter.start_bar()
     yield loop

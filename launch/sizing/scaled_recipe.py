@@ -6,8 +6,9 @@ import copy
 from typing import Any
 
 from largebatch.engine.lr_schedulers import SCHEDULERS
+from largebatch.launch.recipe.batch_division import micro_batch_candidates
 from largebatch.launch.recipe.reading import find_recipe, load_recipes
-from largebatch.launch.recipe.resolved_run import LENGTHS, micro_batch_candidates
+from largebatch.launch.recipe.resolved_run import LENGTHS
 from largebatch.launch.recipe.section import check_section
 from largebatch.planning.choice import batch_unit, nearest_batches
 from largebatch.planning.memory import STATE_BYTES

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from largebatch.launch.data.options import NUM_SAMPLES, filled_options
+from largebatch.launch.recipe.batch_division import micro_batch_candidates
 from largebatch.launch.recipe.reading import read_recipe, set_precision
-from largebatch.launch.recipe.resolved_run import micro_batch_candidates, resolve
+from largebatch.launch.recipe.resolved_run import resolve
 from largebatch.launch.recipe.section import check_section, phase_recipes
 from largebatch.launch.sizing import scaled_recipe
 from largebatch.launch.sizing.probe_samples import model_and_loss

@@ -18,7 +18,8 @@ from largebatch.engine.config_checks.combinations import check_optimizer_type
 from largebatch.engine.initialization import initialize, prepare_deepspeed
 from largebatch.exclusion import KINDS, identities, is_excluded
 from largebatch.launch.recipe.baseline_options import check_baseline_options
-from largebatch.launch.recipe.resolved_run import ResolvedRun, micro_batch_candidates, resolve
+from largebatch.launch.recipe.batch_division import micro_batch_candidates
+from largebatch.launch.recipe.resolved_run import ResolvedRun, resolve
 from largebatch.launch.recipe.section import check_section
 from largebatch.launch.trainer.cpu_memory import KEPT, NOT_KEPT, keep_freed_memory
 from largebatch.launch.trainer.micro_batch import Trial, largest_that_fits

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import sys
 from dataclasses import dataclass
 from typing import Any
 
-from largebatch.engine.config_checks.json_files import read_json
 from largebatch.engine.initialization import init_distributed, set_timeout_of_all_groups
 from largebatch.kernels.dispatch import UnavailableKernelsError
 from largebatch.launch.data.image_folder import UnreadableImageError
+from largebatch.launch.recipe.batch_division import is_micro_batch_open
 from largebatch.launch.recipe.flags import parse_arguments
 from largebatch.launch.recipe.reading import apply_overrides, read_recipe
-from largebatch.launch.recipe.resolved_run import Phase, is_micro_batch_open, make_phases, resolve
+from largebatch.launch.recipe.resolved_run import Phase, make_phases, resolve
 from largebatch.launch.recipe.section import check_section, phase_recipes
 from largebatch.launch.supervise import exits, run_lock
 from largebatch.launch.supervise.exits import give_up, leave, refuse
@@ -24,7 +23,14 @@ from largebatch.launch.supervise.signals import end_with_launcher
 from largebatch.launch.trainer.engines import build_engine, check_ds_config, find_micro_batch, set_up_deepspeed
 from largebatch.launch.trainer.loop import Outcome, TrainingLoop
 from largebatch.launch.trainer.reporting import Reporter, discard_after, mean_of_last_evaluations, table
-from largebatch.launch.trainer.saving import atomic, resuming, step_folders
+from largebatch.launch.trainer.run_folder import (
+    check_run_folder,
+    config_path,
+    default_output,
+    earlier_config,
+    write_configs,
+)
+from largebatch.launch.trainer.saving import atomic, resuming
 from largebatch.launch.trainer.saving.storage import broadcast, follow_storage
 from largebatch.launch.trainer.step_reports import speed_name
 from largebatch.launch.trainer.task import Task, build_task
@@ -66,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         run = prepare(arguments)
         lock = run_lock.hold(run.folder) if run.rank == 0 else None
         if not run.first_step:
-            write_configs(run)
+            write_configs(run.folder, run.phases, run.rank)
     except KeyboardInterrupt:
         return leave(130)
     except REQUEST_ERRORS as error:
@@ -180,7 +186,7 @@ def open_phase(run: Run, phase: Phase, reporter: Reporter | None) -> tuple[Train
         resuming.load_for_next_phase(engine, run.checkpoints, phase.first_step, rank=run.rank)
     if reporter is None:
         if run.first_step:  # what is there stays as it is until the checkpoint has been taken
-            write_configs(run)
+            write_configs(run.folder, run.phases, run.rank)
         if run.rank == 0 and os.path.exists(run.metrics):  # of the run that is continued
             discard_after(run.metrics, run.first_step, is_last=run.first_step == run.phases[-1].end)
         reporter = Reporter(
@@ -195,55 +201,6 @@ def open_phase(run: Run, phase: Phase, reporter: Reporter | None) -> tuple[Train
     announce(reporter, engine, run, phase, first_step, batch_norm)
     loop = TrainingLoop(engine, phase, task, reporter, folder=run.checkpoints, rank=run.rank, world_size=run.world_size)
     return loop, first_step
-
-
-def earlier_config(folder: str, position: int) -> dict[str, Any] | None:
-    """The filled-in config with which a run that is to be resumed has trained a phase."""
-    name = config_name(position)
-    for path in (os.path.join(folder, n) for n in (name, name.replace("phase", "stage"))):  # earlier versions' name
-        if os.path.lexists(path):
-            return read_json(path, f"the config {path!r} of the run")
-    return None
-
-
-def config_name(position: int) -> str:
-    return "ds_config.json" if position == 0 else f"ds_config_phase{position + 1}.json"
-
-
-def default_output(config_path: str, seed: int) -> str:
-    name = os.path.splitext(os.path.basename(config_path))[0]
-    return os.path.join("runs", f"{name}_seed{seed}")
-
-
-def check_run_folder(run_folder: str, resume: str | None) -> None:
-    metrics = os.path.join(run_folder, "metrics.jsonl")
-    has_results = os.path.lexists(metrics)
-    if has_results and not os.path.isfile(metrics):
-        raise ValueError(f"{metrics!r} is no file; take it away, or choose another --output")
-    if has_results and not resume:
-        raise ValueError(f"{run_folder!r} already holds a run; continue it with --resume, or choose another --output")
-    if resume == "required" and not os.path.isdir(run_folder):
-        raise ValueError(f"--resume: {run_folder!r} does not exist; name the run to continue with --output")
-
-
-def write_configs(run: Run) -> None:
-    """A collective.
-
-    Raises:
-        ValueError: on all ranks, if the folder cannot be written.
-    """
-    reason = None
-    if run.rank == 0:
-        try:
-            os.makedirs(run.folder, exist_ok=True)
-            for phase in run.phases:
-                text = json.dumps(phase.resolved.config, indent=2) + "\n"
-                step_folders.write_text(os.path.join(run.folder, config_name(phase.number)), text)
-        except OSError as error:
-            reason = str(error)
-    reason = broadcast(reason)
-    if reason is not None:
-        raise ValueError(f"--output {run.folder!r} cannot be written: {reason}")
 
 
 def announce(reporter: Reporter, engine: Any, run: Run, phase: Phase, first_step: int, batch_norm: str) -> None:
@@ -292,7 +249,7 @@ def in_force(engine: Any, run: Run, phase: Phase, first_step: int) -> dict[str, 
         "kernels": params.get("kernels", "auto")
         if optimizer["type"].lower() in OPTIMIZERS
         else f"those of {optimizer['type']}",
-        "ds_config": os.path.join(run.folder, config_name(phase.number)),
+        "ds_config": config_path(run.folder, phase.number),
     }
     if phase.num_phases == 1:
         del rows["phase"]

@@ -47,7 +47,7 @@ def run_trainer(arguments, stop_after=None, on_own_nodes=False):
     """Trains to the end, or until a stop is asked for in step ``stop_after``; the weights and buffers of rank 0's model."""
     with launched(on_own_nodes):
         run = train.prepare(parse_arguments([str(a) for a in arguments]))
-        train.write_configs(run)
+        train.write_configs(run.folder, run.phases, run.rank)
         reporter = None
         for phase in run.phases:
             if run.first_step >= phase.end and phase is not run.phases[-1]:

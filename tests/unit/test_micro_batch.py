@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from largebatch.engine.silent_collectives import silent_collectives
+from largebatch.launch.recipe.batch_division import micro_batch_candidates
 from largebatch.launch.recipe.reading import read_recipe
-from largebatch.launch.recipe.resolved_run import micro_batch_candidates
 from largebatch.launch.recipe.section import check_section
 from largebatch.launch.trainer import engines
 from largebatch.launch.trainer.micro_batch import is_out_of_memory, largest_that_fits, on_all_ranks
