@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from largebatch.launch.inputs.in_memory import load_digits
-from largebatch.launch.inputs.sample_order import SampleOrder
-from largebatch.models.registry import build_model
+from largebatch.launch.data.in_memory import load_digits
+from largebatch.launch.data.sample_order import SampleOrder
+from largebatch.models.catalogue import build_model
 
 MICRO_STEPS = (1, 8, 64, 512)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

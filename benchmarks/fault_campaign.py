@@ -35,10 +35,9 @@ import torch
 from fault_kills import MOMENTS, SECONDS_TO_START, TARGETS, Kill, drawn, kill, processes_of, unfinished, wait_for_moment
 from fault_report import write_report
 
-from largebatch.launch.checkpoints import files
-from largebatch.launch.ports import free_port
-from largebatch.launch.run_progress import progress_of
-from largebatch.launch.supervised_job import is_alive
+from largebatch.launch.supervise.launcher import free_port, is_alive
+from largebatch.launch.trainer.run_progress import progress_of
+from largebatch.launch.trainer.saving import step_folders
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NUM_RANKS = 2
@@ -161,7 +160,7 @@ def is_identical(one: pathlib.Path, other: pathlib.Path) -> bool:
 
 
 def last_checkpoint(folder: pathlib.Path) -> pathlib.Path:
-    return folder / "checkpoints" / files.name_of(files.pointed_to(str(folder / "checkpoints")) or 0)
+    return folder / "checkpoints" / step_folders.name_of(step_folders.pointed_to(str(folder / "checkpoints")) or 0)
 
 
 def reference(case: Case, output: pathlib.Path, num_steps: int) -> pathlib.Path:
@@ -180,12 +179,12 @@ def check(folder: pathlib.Path, newest_before: int) -> tuple[int, int, list[str]
     """(newest whole step, number of whole checkpoints, what is wrong) while nothing writes."""
     checkpoints = str(folder / "checkpoints")
     wrong, whole = [], []
-    for step in files.steps_in(checkpoints):
-        faults = files.faults(os.path.join(checkpoints, files.name_of(step)))
+    for step in step_folders.steps_in(checkpoints):
+        faults = step_folders.faults(os.path.join(checkpoints, step_folders.name_of(step)))
         wrong += [f"step{step}: {fault}" for fault in faults]
         whole += [] if faults else [step]
     newest = max(whole, default=0)
-    latest = files.pointed_to(checkpoints)
+    latest = step_folders.pointed_to(checkpoints)
     if whole and latest not in whole:
         wrong.append(f"latest names {latest}, which is not whole")
     if newest < newest_before:

@@ -20,9 +20,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from largebatch.engine.initialization import init_distributed, prepare_deepspeed
-from largebatch.launch.ports import free_port
-from largebatch.launch.reporting import Reporter
-from largebatch.models.registry import build_model
+from largebatch.launch.supervise.launcher import free_port
+from largebatch.launch.trainer.reporting import Reporter
+from largebatch.models.catalogue import build_model
 from largebatch.optim.calls import Call
 
 SHAPES = {"lenet": ((1, 28, 28), 10, 256), "torchvision:resnet18": ((3, 64, 64), 1000, 64)}

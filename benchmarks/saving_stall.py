@@ -21,13 +21,13 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from largebatch.launch import train
-from largebatch.launch.arguments import parse_arguments
-from largebatch.launch.checkpoints.retention import Retention
-from largebatch.launch.checkpoints.saving import save
-from largebatch.launch.checkpoints.storage import broadcast
-from largebatch.launch.step_reports import Speed
-from largebatch.launch.training_loop import TrainingLoop
+from largebatch.launch.recipe.flags import parse_arguments
+from largebatch.launch.trainer import main as train
+from largebatch.launch.trainer.loop import TrainingLoop
+from largebatch.launch.trainer.saving.atomic import save
+from largebatch.launch.trainer.saving.retention import Retention
+from largebatch.launch.trainer.saving.storage import broadcast
+from largebatch.launch.trainer.step_reports import Speed
 
 WAYS = ("none", "foreground", "background")
 
@@ -56,8 +56,8 @@ def training_loop(arguments: argparse.Namespace, folder: str) -> TrainingLoop:
     path = os.path.join(folder, f"recipe_rank{os.environ.get('RANK', 0)}.json")  # nobody waits for another's
     pathlib.Path(path).write_text(json.dumps(recipe(arguments)), encoding="utf-8")
     run = train.prepare(parse_arguments(["--deepspeed_config", path, "--output", os.path.join(folder, "run")]))
-    train.write_configs(run)
-    return train.open_stage(run, run.stages[0], None)[0]
+    train.write_configs(run.folder, run.phases, run.rank)
+    return train.open_phase(run, run.phases[0], None)[0]
 
 
 def measure(loop: TrainingLoop, arguments: argparse.Namespace, folder: str) -> dict[str, list[float]]:

@@ -19,7 +19,7 @@ def resnet50() -> list[Shape]:
 
 
 def lenet() -> list[Shape]:
-    from largebatch.models.registry import build_model
+    from largebatch.models.catalogue import build_model
 
     model = build_model("lenet", image_shape=(1, 28, 28), num_classes=10)
     return [tuple(p.shape) for p in model.parameters()]

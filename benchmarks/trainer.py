@@ -23,12 +23,12 @@ import torch
 import torch.nn.functional as F
 from harness import interleaved
 
-from largebatch.launch import train
-from largebatch.launch.arguments import parse_arguments
-from largebatch.launch.inputs.data_set import Images
-from largebatch.launch.ports import free_port
-from largebatch.launch.step_reports import Speed
-from largebatch.launch.training_loop import TrainingLoop
+from largebatch.launch.data.data_set import Images
+from largebatch.launch.recipe.flags import parse_arguments
+from largebatch.launch.supervise.launcher import free_port
+from largebatch.launch.trainer import main as train
+from largebatch.launch.trainer.loop import TrainingLoop
+from largebatch.launch.trainer.step_reports import Speed
 
 
 def recipe(arguments: argparse.Namespace) -> dict:
@@ -61,8 +61,8 @@ def training_loop(arguments: argparse.Namespace, folder: str) -> Iterator[Traini
         json.dump(recipe(arguments), file)
     options = ["--deepspeed_config", path, "--output", os.path.join(folder, "run")]
     run = train.prepare(parse_arguments(options + (["--data", arguments.data_dir] if arguments.data_dir else [])))
-    train.write_configs(run)
-    loop, _ = train.open_stage(run, run.stages[0], None)
+    train.write_configs(run.folder, run.phases, run.rank)
+    loop, _ = train.open_phase(run, run.phases[0], None)
     loop.reporter.start_bar()
     yield loop
     loop.reporter.close()
@@ -137,7 +137,7 @@ def main() -> int:
         timings = interleaved(
             contestants, num_rounds=arguments.rounds, num_warm_up=arguments.warm_up, device=loop.device.type
         )
-        num_samples = arguments.steps * loop.plan.global_batch
+        num_samples = arguments.steps * loop.resolved.global_batch
     speeds = {name: num_samples / timing.median for name, timing in timings.items()}
     print(
         f"\n{arguments.model} on {arguments.data}, micro-batch {arguments.micro_batch} x {arguments.accumulation_steps}:"

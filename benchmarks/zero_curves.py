@@ -15,7 +15,7 @@ import pathlib
 import subprocess
 import sys
 
-from largebatch.launch.ports import free_port
+from largebatch.launch.supervise.launcher import free_port
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 GLOBAL_BATCH, MICRO_BATCH, NUM_STEPS, LEARNING_RATE, WEIGHT_DECAY, SEED = 8192, 1024, 100, 0.02, 0.01, 1
@@ -37,9 +37,9 @@ def work(arguments: argparse.Namespace) -> None:
 
     from largebatch import schedule
     from largebatch.engine.initialization import init_distributed, prepare_deepspeed
-    from largebatch.launch.inputs.loading import ImageLoader
-    from largebatch.launch.inputs.sources import load_data
-    from largebatch.models.registry import build_model
+    from largebatch.launch.data.image_loader import ImageLoader
+    from largebatch.launch.data.sources import load_data
+    from largebatch.models.catalogue import build_model
 
     prepare_deepspeed()
     init_distributed()

@@ -18,13 +18,13 @@ folder="runs/quickstart-$(date +%Y%m%d-%H%M%S)"
 for optimizer in lars sgd lamb; do
   echo
   echo "== $optimizer"
-  deepspeed --num_accelerators "$num_ranks" --log_level error --master_port "$(python -m largebatch.launch.ports)" \
+  deepspeed --num_accelerators "$num_ranks" --log_level error --master_port "$(python -m largebatch.launch.supervise.launcher)" \
     launch/train.py \
     --deepspeed_config "ds_configs/lenet_digits_${optimizer}_480.json" --output "$folder/$optimizer"
 done
 
 echo
-python -m largebatch.launch.results_table "$folder/lars" "$folder/sgd" "$folder/lamb"
+python -m largebatch.launch.study.results_table "$folder/lars" "$folder/sgd" "$folder/lamb"
 echo
 echo "TensorBoard: $PWD/$folder (tensorboard --logdir $folder)"
 echo "metrics:     $PWD/$folder/lars/metrics.jsonl"

@@ -14,31 +14,21 @@ import sys
 
 from largebatch.engine.register import register
 
-USAGE = """usage: deepspeed [launcher options] --module largebatch SCRIPT.py|PACKAGE.MODULE [arguments of the script]
-       largebatch COMMAND [arguments]
+USAGE = """usage: largebatch COMMAND [arguments]; COMMAND --help says which
+"""
 
-Registers the JSON types LARS, LAMB, NLAMB, NNLAMB, LANS with DeepSpeed and runs the script or module as it is, or runs a command:
+USAGE_OF_SCRIPTS = """
+deepspeed [options] --module largebatch SCRIPT.py|PACKAGE.MODULE [arguments]
+runs a DeepSpeed script as it is, with LARS, LAMB, NLAMB, NNLAMB and LANS known.
 """
 
 COMMANDS = {
-    "doctor": ("largebatch.launch.doctor_command", "checks this machine, or all nodes of a hostfile, before a run"),
-    "recipes": ("largebatch.launch.recipes_command", "lists, filters and prints the recipes in ds_configs"),
-    "plan": (
-        "largebatch.launch.plan_command",
-        "micro-batch, memory, communication and time of a large batch; writes a ds_config",
-    ),
-    "run": (
-        "largebatch.launch.run_command",
-        "starts deepspeed, and again from the newest checkpoint whenever the run dies",
-    ),
-    "convert": (
-        "largebatch.launch.convert_command",
-        "a checkpoint as plain PyTorch or back; optimizer state of other packages",
-    ),
-    "study": (
-        "largebatch.launch.study_command",
-        "trains a grid of optimizers, batches and seeds; writes table and plots",
-    ),
+    "doctor": ("largebatch.launch.commands.doctor", "checks this machine, or all of a hostfile, before a run"),
+    "recipes": ("largebatch.launch.commands.recipes", "lists, filters and prints the recipes in ds_configs"),
+    "plan": ("largebatch.launch.commands.plan", "sizes a large batch: memory, time, a ds_config"),
+    "run": ("largebatch.launch.commands.run", "trains, and goes on from the newest checkpoint after a crash"),
+    "convert": ("largebatch.launch.commands.convert", "checkpoints to plain PyTorch or back, between optimizers"),
+    "study": ("largebatch.launch.commands.study", "trains a grid of optimizers, batches, seeds; table and plots"),
 }
 """Name -> (module with ``main(argv) -> exit code``, what it does). Imported only when named."""
 
@@ -52,7 +42,10 @@ def main(argv: list[str] | None = None) -> int:
     launcher_arguments = [a for a in argv[:1] if a.startswith("--local_rank")]
     rest = argv[len(launcher_arguments) :]
     if not rest or rest[0] in ("-h", "--help"):
-        print(USAGE + "\n".join(f"  {name:<8} {text}" for name, (_, text) in COMMANDS.items()))
+        print(
+            USAGE + "\n".join(f"  {name:<8} {text}" for name, (_, text) in COMMANDS.items()) + "\n" + USAGE_OF_SCRIPTS,
+            end="",
+        )
         return 0 if rest else 2
     script = rest[0]
     if not os.path.isfile(script):

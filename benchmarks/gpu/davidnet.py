@@ -20,7 +20,7 @@ from gpu.data import data_folder, missing_from
 from gpu.report import ROOT, Report, measured_head, stage_arguments
 
 LARGEST_MICRO_BATCH = 2048
-"""Given, so that runs side by side do not look for the largest that fits; the recipes fix the span of batch normalisation."""
+"""Given, so that runs side by side do not look for the largest that fits; the recipes fix the ghost batch size."""
 
 NUM_SIDE_BY_SIDE = 3
 
@@ -39,9 +39,19 @@ CELLS += [Cell(optimizer, batch) for batch in (8192, 32768) for optimizer in ("l
 
 
 def study(cell: Cell, folder: pathlib.Path, arguments) -> list[str]:
-    command = [sys.executable, "-m", "largebatch", "study", "--model", "davidnet", "--data", "cifar10", "--no-plots"]
+    command = [
+        sys.executable,
+        "-m",
+        "largebatch",
+        "study",
+        "--model",
+        "davidnet",
+        "--data-set",
+        "cifar10",
+        "--no-plots",
+    ]
     command += [
-        "--data-folder",
+        "--data",
         str(data_folder(arguments.work)),
         "--output",
         str(folder),

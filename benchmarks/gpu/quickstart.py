@@ -16,7 +16,7 @@ from gpu.report import ROOT, Report, stage_arguments
 
 def launcher(*arguments: str, num_ranks: int = 1) -> list[str]:
     """The deepspeed command, by the Python that runs this."""
-    from largebatch.launch.ports import free_port
+    from largebatch.launch.supervise.launcher import free_port
 
     return [
         sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(num_ranks), "--log_level", "error",
@@ -45,7 +45,7 @@ def main() -> int:
             print(f"{optimizer}: exit code {code}")
             return code
         runs.append(folder)
-    table = [sys.executable, "-m", "largebatch.launch.results_table", *map(str, runs)]
+    table = [sys.executable, "-m", "largebatch.launch.study.results_table", *map(str, runs)]
     done = subprocess.run(table, stdout=subprocess.PIPE, text=True)
     report.add("", "```", done.stdout.strip(), "```")
     return done.returncode

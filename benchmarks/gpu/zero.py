@@ -50,7 +50,7 @@ def main() -> int:
     report = Report(arguments)
     report.add(*measured_head("The kernels in the engine, against the reference", arguments))
     from largebatch.engine.initialization import init_distributed, prepare_deepspeed
-    from largebatch.launch.single_process import be_the_only_rank
+    from largebatch.launch.supervise.launcher import be_the_only_rank
 
     be_the_only_rank()
     import torch

@@ -2,8 +2,8 @@
 
 Nine tenths of the steps have sequences of 128 tokens, the last tenth of 512. Learning rate by the square root of the batch,
 3,125 warm-up steps at every batch (1/320 of a million, 1/5 of 15,625), then eta_0 (1 - t/T), which goes on through both
-stages. With mixed batches the second stage warms up anew; the paper's learning rates and warm-ups of that run are not known
-here, so they follow the rule, with a fifth of the second stage for its warm-up.
+phases. With mixed batches the second phase warms up anew; the paper's learning rates and warm-ups of that run are not known
+here, so they follow the rule, with a fifth of the second phase for its warm-up.
 F1 is that of SQuAD v1.1 after fine-tuning, which is not part of the recipe.
 """
 
@@ -34,7 +34,7 @@ LAMB = {"lr": "auto", "betas": [0.9, 0.999], "eps": 1e-6, "weight_decay": 0.01, 
 def recipes() -> Iterator[tuple[str, dict[str, Any]]]:
     for batch, num_steps in NUM_STEPS.items():
         num_long = num_steps // 10
-        stages = [
+        phases = [
             {
                 "largebatch": {"steps": num_steps - num_long, "data_options": {"sequence_length": 128}},
                 "scheduler": {"params": {"total_steps": num_steps, "warmup_steps": NUM_WARMUP_STEPS}},
@@ -48,8 +48,8 @@ def recipes() -> Iterator[tuple[str, dict[str, Any]]]:
             },
         ]
         source = f"{PAPER}, tables of BERT with LAMB, batch {batch}; warm-up and learning rate as tabled there"
-        yield f"bert_text_lamb_{batch_name(batch)}", row(batch, stages, source, F1[batch])
-    stages = [
+        yield f"bert_text_lamb_{batch_name(batch)}", row(batch, phases, source, F1[batch])
+    phases = [
         {
             "largebatch": {"steps": 7037, "data_options": {"sequence_length": 128}},
             "train_batch_size": 64 * K,
@@ -64,16 +64,16 @@ def recipes() -> Iterator[tuple[str, dict[str, Any]]]:
     source = (
         f"{PAPER}, table of BERT with LAMB, 64K/32K: 8,599 steps in 76 minutes; learning rates and warm-ups by the rule"
     )
-    yield "bert_text_lamb_64k_32k", row(64 * K, stages, source, 0.90584)
+    yield "bert_text_lamb_64k_32k", row(64 * K, phases, source, 0.90584)
 
 
-def row(batch: int, stages: list[dict[str, Any]], source: str, f1: float) -> dict[str, Any]:
+def row(batch: int, phases: list[dict[str, Any]], source: str, f1: float) -> dict[str, Any]:
     return recipe(
         model="bert",
         model_options={"preset": "bert-large"},
         data="text",
         data_options={"vocab_size": 30522, "documents": "blank_lines"},
-        stages=stages,
+        phases=phases,
         lr_scaling=scaled("sqrt", LR, LR_BATCH),
         batch=batch,
         optimizer="LAMB",

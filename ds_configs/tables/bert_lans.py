@@ -4,7 +4,7 @@ Linear warm-up, a phase at the peak, linear decay to zero; no clipping, as the g
 normalisation layers are adapted and not decayed. Learning rates and phases of the paper's run are given as shares of its steps
 (42.65% and 27.35%, 19.2% and 10.8%); they were not read on the page itself. "33K" is taken for 33 x 1,024, which the paper's 1,536
 GPUs divide.
-The script is dmlc/gluon-nlp, scripts/pretraining/torch/bert: BERT-base, the first stage alone, clipped at 1.
+The script is dmlc/gluon-nlp, scripts/pretraining/torch/bert: BERT-base, the first phase alone, clipped at 1.
 F1 is that of SQuAD v1.1 after fine-tuning, which is not part of the recipe.
 """
 
@@ -26,15 +26,15 @@ LANS = {
 
 
 def recipes() -> Iterator[tuple[str, dict[str, Any]]]:
-    stages = [
-        stage(batch=96 * K, sequence_length=128, num_steps=3519, lr=0.00675, warmup=0.4265, constant=0.2735),
-        stage(batch=33 * K, sequence_length=512, num_steps=782, lr=0.005, warmup=0.192, constant=0.108),
+    phases = [
+        phase(batch=96 * K, sequence_length=128, num_steps=3519, lr=0.00675, warmup=0.4265, constant=0.2735),
+        phase(batch=33 * K, sequence_length=512, num_steps=782, lr=0.005, warmup=0.192, constant=0.108),
     ]
     yield (
         "bert_text_lans_96k_33k",
         row(
             preset="bert-large",
-            stages=stages,
+            phases=phases,
             lr=0.00675,
             clipping=0.0,
             source=f"{PAPER}: 96K/33K, 54 minutes, F1 of 90.5 or higher; learning rates and phases not read on the page itself",
@@ -42,12 +42,12 @@ def recipes() -> Iterator[tuple[str, dict[str, Any]]]:
             hardware="192 AWS p3dn.24xlarge, 1,536 V100",
         ),
     )
-    first = stage(batch=96 * K, sequence_length=128, num_steps=3870, lr=0.005, warmup=0.05, constant=0.25)
+    first = phase(batch=96 * K, sequence_length=128, num_steps=3870, lr=0.005, warmup=0.05, constant=0.25)
     yield (
         "bert_text_lans_96k",
         row(
             preset="bert-base",
-            stages=[first],
+            phases=[first],
             lr=0.005,
             clipping=1.0,
             source="dmlc/gluon-nlp, scripts/pretraining/torch/bert/README.md: phase 1, 8 x 128 sequences x 96 accumulated; phase 2 not given",
@@ -57,7 +57,7 @@ def recipes() -> Iterator[tuple[str, dict[str, Any]]]:
     )
 
 
-def stage(
+def phase(
     *, batch: int, sequence_length: int, num_steps: int, lr: float, warmup: float, constant: float
 ) -> dict[str, Any]:
     """
@@ -76,13 +76,13 @@ def stage(
     }
 
 
-def row(*, preset: str, stages: list[dict[str, Any]], lr: float, clipping: float, **section: Any) -> dict[str, Any]:
+def row(*, preset: str, phases: list[dict[str, Any]], lr: float, clipping: float, **section: Any) -> dict[str, Any]:
     return recipe(
         model="bert",
         model_options={"preset": preset},
         data="text",
         data_options={"vocab_size": 30522, "documents": "blank_lines"},
-        stages=stages,
+        phases=phases,
         lr_scaling=scaled("none", lr, 96 * K),
         batch=96 * K,
         optimizer="LANS",

@@ -8,7 +8,7 @@ K = 1024
 
 SECTION_ORDER = (
     "model", "model_options", "data", "data_options", "augmentation", "mixup", "label_smoothing", "batch_norm",
-    "no_weight_decay", "epochs", "steps", "stages", "evaluate_every_epochs", "lr_scaling", "source", "expected", "hardware",
+    "no_weight_decay", "epochs", "steps", "phases", "evaluate_every_epochs", "lr_scaling", "source", "expected", "hardware",
 )  # fmt: skip
 """Keys of the "largebatch" section as they follow each other in a file."""
 

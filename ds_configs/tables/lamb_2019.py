@@ -2,7 +2,7 @@
 
 The rule: learning rate by the square root of the batch, warm-up epochs in proportion to it, all else constant. What the
 paper leaves out (weight decay 1.5, label smoothing, clipping, normalisation layers left alone) is that of the authors'
-code, github.com/fastalgo/imagenet_resnet50_lamb. Spans of batch normalisation: 128 images a TPU core in their run; the
+code, github.com/fastalgo/imagenet_resnet50_lamb. Ghost batch sizes of batch normalisation: 128 images a TPU core in their run; the
 paper's table gives none.
 """
 
@@ -51,7 +51,7 @@ def recipes() -> Iterator[tuple[str, dict[str, Any]]]:
             recipe(
                 **RESNET50,
                 label_smoothing=0.1,
-                batch_norm={"span": 64},
+                batch_norm={"ghost_batch_size": 64},
                 batch=batch,
                 epochs=90,
                 lr_scaling=LR_SCALING,
@@ -69,7 +69,7 @@ def recipes() -> Iterator[tuple[str, dict[str, Any]]]:
         recipe(
             **RESNET50,
             label_smoothing=0.1,
-            batch_norm={"span": 128},
+            batch_norm={"ghost_batch_size": 128},
             batch=32 * K,
             steps=3519,
             lr_scaling=LR_SCALING,
@@ -87,7 +87,7 @@ def recipes() -> Iterator[tuple[str, dict[str, Any]]]:
             f"resnet50_imagenet_{optimizer.lower()}_16k",
             recipe(
                 **RESNET50,
-                batch_norm={"span": 64},
+                batch_norm={"ghost_batch_size": 64},
                 no_weight_decay=["bias", "norm"],
                 batch=16 * K,
                 epochs=90,

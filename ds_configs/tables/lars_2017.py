@@ -2,7 +2,7 @@
 
 100 epochs, momentum 0.9, weight decay 5e-4, trust coefficient 0.001, every layer adapted. The decay (1 - t/T)^2 runs from
 the first step, as in the authors' Caffe (NVIDIA/caffe sgd_solver.cpp). Accuracies are means of the last five epochs.
-Spans of batch normalisation are not in the paper: here a GPU's share on 8 GPUs of what the published solvers put into one
+Ghost batch sizes of batch normalisation are not in the paper: here a GPU's share on 8 GPUs of what the published solvers put into one
 pass, at most 8,192 images for AlexNet-BN and 1,024 for ResNet-50.
 
 The published solvers themselves (NVIDIA/caffe, models/) are the rows "author": other learning rates, the ratio of
@@ -102,11 +102,11 @@ def recipes() -> Iterator[tuple[str, dict[str, Any]]]:
         )
 
 
-def span_of(network: dict[str, Any], batch: int) -> dict[str, Any]:
+def ghost_batch_of(network: dict[str, Any], batch: int) -> dict[str, Any]:
     """The "batch_norm" entry."""
     if network["model"] not in LARGEST_PASS:
         return {}
-    return {"batch_norm": {"span": min(batch, LARGEST_PASS[network["model"]]) // NUM_GPUS}}
+    return {"batch_norm": {"ghost_batch_size": min(batch, LARGEST_PASS[network["model"]]) // NUM_GPUS}}
 
 
 def row(
@@ -123,7 +123,7 @@ def row(
 ) -> dict[str, Any]:
     return recipe(
         **network,
-        **span_of(network, batch),
+        **ghost_batch_of(network, batch),
         augmentation=augmentation,
         batch=batch,
         epochs=epochs,
@@ -149,7 +149,7 @@ def author_row(
     warmup = {"warmup_steps": num_warmup_steps, "warmup_start_factor": 1 / lr, "warmup_power": 2}
     return recipe(
         **network,
-        **span_of(network, batch),
+        **ghost_batch_of(network, batch),
         augmentation="minimal",
         batch=batch,
         steps=num_steps,

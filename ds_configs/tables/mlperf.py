@@ -25,12 +25,12 @@ ROWS = (
     (58880, 23.246, 29, 0.951807, 1e-4, 82, 230, 79.9, "not given"),
     (65536, 24.699, 31, 0.951807, 1e-4, 89, 128, 84.5, "TPU-v3-512"),
 )
-"""Batch, learning rate, warm-up epochs, momentum, weight decay, epochs in all, span of batch normalisation in images, mean
+"""Batch, learning rate, warm-up epochs, momentum, weight decay, epochs in all, ghost batch size in images, mean
 epochs to 75.9%, hardware."""
 
 
 def recipes() -> Iterator[tuple[str, dict[str, Any]]]:
-    for batch, lr, warmup_epochs, momentum, weight_decay, epochs, span, to_target, hardware in ROWS:
+    for batch, lr, warmup_epochs, momentum, weight_decay, epochs, ghost_batch_size, to_target, hardware in ROWS:
         yield (
             f"resnet50_imagenet_lars_{batch_name(batch)}_mlperf",
             recipe(
@@ -39,7 +39,7 @@ def recipes() -> Iterator[tuple[str, dict[str, Any]]]:
                 **IMAGENET_224,
                 augmentation="inception",
                 label_smoothing=0.1,
-                batch_norm={"span": span},
+                batch_norm={"ghost_batch_size": ghost_batch_size},
                 batch=batch,
                 epochs=epochs,
                 optimizer="LARS",

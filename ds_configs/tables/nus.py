@@ -32,7 +32,7 @@ ROWS = (
 
 
 def recipes() -> Iterator[tuple[str, dict[str, Any]]]:
-    for batch, warmup_epochs, eps, span, accuracy in ROWS:
+    for batch, warmup_epochs, eps, ghost_batch_size, accuracy in ROWS:
         yield (
             f"resnet50_imagenet_lars_{batch_name(batch)}_nus",
             recipe(
@@ -41,7 +41,7 @@ def recipes() -> Iterator[tuple[str, dict[str, Any]]]:
                 **IMAGENET_224,
                 augmentation="inception",
                 label_smoothing=0.1,
-                batch_norm={"span": span},
+                batch_norm={"ghost_batch_size": ghost_batch_size},
                 batch=batch,
                 epochs=90,
                 lr_scaling=scaled("sqrt", 4, 512),
@@ -59,6 +59,6 @@ def recipes() -> Iterator[tuple[str, dict[str, Any]]]:
                 scheduler=poly(warmup_epochs),
                 source=f"github.com/NUS-HPC-AI-Lab/LARS-ImageNet-PyTorch, README, batch {batch}",
                 expected=top1(accuracy),
-                hardware=f"V100 or P100, {span} images each",
+                hardware=f"V100 or P100, {ghost_batch_size} images each",
             ),
         )

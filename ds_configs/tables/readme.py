@@ -31,12 +31,12 @@ def row(name: str, config: dict[str, Any]) -> str:
     lr = config["optimizer"]["params"]["lr"]
     if lr == "auto":
         lr = scaled_lr(**section["lr_scaling"], global_batch=config["train_batch_size"])
-    stages = section.get("stages") or [{}]
-    schedule = config["scheduler"]["params"] | stages[0].get("scheduler", {}).get("params", {})
+    phases = section.get("phases") or [{}]
+    schedule = config["scheduler"]["params"] | phases[0].get("scheduler", {}).get("params", {})
     warmup = (
         f"{schedule['warmup_steps']} steps" if "warmup_steps" in schedule else f"{schedule.get('warmup_epochs', 0):.4g}"
     )
-    lengths = [section | stage.get("largebatch", {}) for stage in stages]
+    lengths = [section | phase.get("largebatch", {}) for phase in phases]
     length = " + ".join(f"{part['epochs']}" if "epochs" in part else f"{part['steps']} steps" for part in lengths)
     accuracy = f"{'about ' if expected['is_approximate'] else ''}{expected['value']:.4g}" if expected else "-"
     return f"| `{name}` | {lr:.4g} | {warmup} | {length} | {accuracy} |"

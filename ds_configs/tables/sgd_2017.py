@@ -37,7 +37,7 @@ def recipes() -> Iterator[tuple[str, dict[str, Any]]]:
                 model_options={"classifier_std": 0.01},
                 **IMAGENET_224,
                 augmentation="inception",
-                batch_norm={"span": 32},
+                batch_norm={"ghost_batch_size": 32},
                 no_weight_decay=["norm"],
                 batch=batch,
                 epochs=90,

@@ -77,7 +77,7 @@ def space_findings(report: dict[str, Any], num_ranks: int, memory_per_rank: floa
         yield (
             FAILS,
             f"{available / GIB:.1f} GiB of memory available, {num_ranks} ranks need about {needed / GIB:.1f}",
-            "end other processes, start fewer ranks, or state what a rank needs with --need_memory (`largebatch plan` tells)",
+            "end other processes, start fewer ranks, or state what a rank needs with --need-memory (`largebatch plan` tells)",
         )
     free = report["disk"]["free"]
     if not report["disk"]["is_writable"]:

@@ -14,7 +14,7 @@ import os
 import sys
 from typing import Any
 
-from largebatch.launch.doctor import lines, resources, software
+from largebatch.launch.doctor import gathering, resources, software
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = max(0, int(os.environ.get("LOCAL_RANK", arguments.local_rank)))
     if local_rank == 0:
-        lines.emit("node", rank, node_report(data=arguments.data, output=arguments.output, world_size=world_size))
+        gathering.emit("node", rank, node_report(data=arguments.data, output=arguments.output, world_size=world_size))
     if world_size > 1:
         check_network(rank, world_size, local_rank, output=arguments.output, timeout=arguments.timeout)
     return 0
@@ -43,7 +43,7 @@ def check_network(rank: int, world_size: int, local_rank: int, *, output: str, t
     from largebatch.launch.doctor import network
 
     def fail(message: str) -> None:
-        lines.emit("error", rank, {"host": resources.interfaces()["host"], "message": message[:1000]})
+        gathering.emit("error", rank, {"host": resources.interfaces()["host"], "message": message[:1000]})
 
     def give_up() -> None:
         fail(f"the ranks have not met within {timeout:.0f} s")
@@ -56,7 +56,7 @@ def check_network(rank: int, world_size: int, local_rank: int, *, output: str, t
         fail(f"{type(error).__name__}: {error}")
     else:
         if rank == 0:
-            lines.emit("network", rank, figures)
+            gathering.emit("network", rank, figures)
 
 
 def node_report(*, data: str | None, output: str, world_size: int = 1) -> dict[str, Any]:

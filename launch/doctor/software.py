@@ -44,7 +44,7 @@ def versions() -> dict[str, str | None]:
 
 def import_problem() -> str | None:
     """Why DeepSpeed with largebatch cannot be started here, or None. Imports both."""
-    from largebatch.launch.engines import set_up_deepspeed
+    from largebatch.launch.trainer.engines import set_up_deepspeed
 
     try:
         set_up_deepspeed()

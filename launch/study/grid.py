@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from largebatch.config import nearest_hint
-from largebatch.launch.arguments import read_recipe
+from largebatch.launch.recipe.reading import read_recipe
 
 LINEAR_RULE = ("sgd",)
 WARMUP_GROWS_WITH_BATCH = ("lamb", "nlamb", "nnlamb")
@@ -119,11 +119,11 @@ def scaled_recipe(recipe: dict[str, Any], optimizer: str, batch: int) -> tuple[d
     """The recipe for another batch by the rules in the module's docstring, and what was done, for people.
 
     Raises:
-        ValueError: it has stages, for which there are no rules.
+        ValueError: it has phases, for which there are no rules.
     """
-    if recipe["largebatch"].get("stages") is not None:
+    if recipe["largebatch"].get("phases") is not None:
         raise ValueError(
-            f"batch {batch} has no recipe, and the nearest, of {recipe['train_batch_size']}, has stages, which cannot be "
+            f"batch {batch} has no recipe, and the nearest, of {recipe['train_batch_size']}, has phases, which cannot be "
             "scaled; choose a batch that has a recipe"
         )
     recipe = copy.deepcopy(recipe)

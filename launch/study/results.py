@@ -11,7 +11,7 @@ import statistics
 from dataclasses import astuple, dataclass, fields
 from typing import Any
 
-from largebatch.launch.recipe_section import SECTION_DEFAULTS
+from largebatch.launch.recipe.section import RENAMED, SECTION_DEFAULTS
 from largebatch.launch.study.grid import GridRun
 
 NOT_A_SETTING = (
@@ -19,6 +19,8 @@ NOT_A_SETTING = (
     "save_in_background", "keep_last", "keep_best", "collective_timeout_seconds",
 )  # fmt: skip
 """Keys of the "largebatch" section that change nothing in the training."""
+
+FIRST_NAMES = {new: path[-1] for path, new in RENAMED.items()}
 
 SPEEDS = ("images_per_second", "samples_per_second")
 
@@ -48,14 +50,18 @@ def digest(recipe: dict[str, Any]) -> str:
     """Twelve hexadecimal digits that two recipes share if they ask for the same training but for the seed.
 
     A key of the "largebatch" section counts as left out where it has its default. What a recipe leaves to the trainer or to
-    DeepSpeed ("auto", defaults) is not in it: another version of either may do otherwise.
+    DeepSpeed ("auto", defaults) is not in it: another version of either may do otherwise. Keys that have been renamed count
+    under their first names, so that the rows of earlier studies are known again.
     """
     section = trained_with(recipe["largebatch"])
     section = {
         key: value for key, value in section.items() if key != "seed" and (key, value) not in SECTION_DEFAULTS.items()
     }
-    settings = json.dumps(recipe | {"largebatch": section}, sort_keys=True)
-    return hashlib.sha256(settings.encode()).hexdigest()[:12]
+    settings = json.loads(
+        json.dumps(recipe | {"largebatch": section}),
+        object_pairs_hook=lambda pairs: {FIRST_NAMES.get(key, key): value for key, value in pairs},
+    )
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def speed_of(end: dict[str, Any]) -> float:
@@ -63,8 +69,8 @@ def speed_of(end: dict[str, Any]) -> float:
     return next(end[name] for name in SPEEDS if name in end)
 
 
-def figures_of(end: dict[str, Any]) -> dict[str, float]:
-    """What the model was found to do on the test set at the end of a run; the first is the figure of merit."""
+def metrics_of(end: dict[str, Any]) -> dict[str, float]:
+    """What the model was found to do on the test set at the end of a run; the first is the main metric."""
     return {name: value for name, value in end.items() if name not in ("event", "step", *SPEEDS)}
 
 
@@ -73,7 +79,7 @@ class Row:
     """One finished run.
 
     Attributes:
-        metric: name of the figure of merit, e.g. "top1"; value: at the end, on the whole test set.
+        metric: name of the main metric, e.g. "top1"; value: at the end, on the whole test set.
         lr: at the peak; None where the recipe leaves it to the optimizer.
         final_loss: mean training loss of the last step. is_diverged: that it, or any before it, is not finite.
         recipe: where the settings come from, for people; recipe_digest: the settings, for comparison (:func:`digest`).
@@ -103,21 +109,21 @@ def read_row(run: GridRun, recipe: dict[str, Any], folder: str, metric: str | No
 
     Args:
         recipe: that the run was given.
-        metric: a name in the run's "end" event; None: the first figure there, which is the one of merit.
+        metric: a name in the run's "end" event; None: the first metric there, which is the main one.
 
     Raises:
-        ValueError: the run has no such figure.
+        ValueError: the run has no such metric.
     """
     events = events_of(folder)
     start = next((e for e in events if e["event"] == "start"), None)
     end = next((e for e in reversed(events) if e["event"] == "end"), None)
     if start is None or end is None:
         return None
-    figures = figures_of(end)
-    name = metric or next(iter(figures))
-    if name not in figures:
+    metrics = metrics_of(end)
+    name = metric or next(iter(metrics))
+    if name not in metrics:
         raise ValueError(
-            f"--metric is {name!r}; expected one of {', '.join(figures)}, which the run in {folder!r} ends with"
+            f"--metric is {name!r}; expected one of {', '.join(metrics)}, which the run in {folder!r} ends with"
         )
     config, steps = start["config"], [e for e in events if e["event"] == "step"]
     section = config["largebatch"]
@@ -221,7 +227,7 @@ def mean_and_spread(values: list[float]) -> str:
 
 
 def markdown(rows: list[Row]) -> str:
-    """Two tables: the figure of merit by optimizer and batch, and the settings of every cell."""
+    """Two tables: the main metric by optimizer and batch, and the settings of every cell."""
     if not rows:
         return "No run has finished.\n"
     cells = by_cell(rows)

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from largebatch.launch.ports import launcher_options
-from largebatch.launch.recipe_section import SECTION_DEFAULTS, stage_recipes
-from largebatch.launch.run_plan import stretch_lengths
+from largebatch.launch.recipe.resolved_run import stretch_lengths
+from largebatch.launch.recipe.section import SECTION_DEFAULTS, phase_recipes, with_current_names
 from largebatch.launch.study.results import events_of, trained_with
+from largebatch.launch.supervise.launcher import launcher_options
 
 TRAIN_SCRIPT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "train.py")
 SECONDS_TO_SAVE = 120
@@ -126,7 +126,8 @@ def differences(recipe: dict[str, Any], folder: str) -> list[str]:
     recorded = next((e["config"] for e in events_of(folder) if e["event"] == "start"), None)
     if recorded is None:
         return []
-    wanted = copy.deepcopy(stage_recipes(recipe)[0])  # the run records the first stage first
+    recorded, _ = with_current_names(recorded)
+    wanted = copy.deepcopy(phase_recipes(recipe)[0])  # the run records the first phase first
     wanted["largebatch"] = SECTION_DEFAULTS | wanted["largebatch"]
     stretch_lengths(wanted)
     wanted["largebatch"] = trained_with(wanted["largebatch"])

@@ -17,7 +17,7 @@ from torch.utils.data import DistributedSampler
 
 import largebatch
 from largebatch.engine.lr_schedulers import WarmupPolyLR
-from largebatch.launch.ports import free_port, launcher_options
+from largebatch.launch.supervise.launcher import free_port, launcher_options
 from support import engine_runs, launching
 
 GLOBAL_BATCH = 512

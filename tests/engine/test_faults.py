@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from largebatch.launch.ports import launcher_options
+from largebatch.launch.supervise.launcher import launcher_options
 from support import launching
 
 pytestmark = pytest.mark.launcher

@@ -25,7 +25,7 @@ def test_resnet50_trains_from_files_and_names_damaged_images(image_folder, tmp_p
     folder = shutil.copytree(image_folder, tmp_path / "images")
     damaged = sorted((folder / "train" / "watch").iterdir())[3]
     damaged.write_bytes(damaged.read_bytes()[:2000])
-    settings = dict(size=64, batch=128, micro=32, options=("--set", "largebatch.batch_norm.span=32"))
+    settings = dict(size=64, batch=128, micro=32, options=("--set", "largebatch.batch_norm.ghost_batch_size=32"))
     train("resnet50_imagenet_lars_32k_minaug", folder, tmp_path / "run", steps=7, **settings)
     (start,) = launching.events(tmp_path / "run", "start")
     assert start["config"]["optimizer"]["type"] == "LARS" and start["config"]["gradient_accumulation_steps"] == 2
@@ -40,7 +40,7 @@ def test_resnet50_trains_from_files_and_names_damaged_images(image_folder, tmp_p
 
 @pytest.mark.parametrize("recipe", ["alexnet_imagenet_lars_32k", "alexnet_bn_imagenet_lars_32k"])
 def test_alexnet_trains_from_files(image_folder, tmp_path, recipe):
-    options = ("--set", "largebatch.batch_norm.span=4") if "_bn_" in recipe else ()
+    options = ("--set", "largebatch.batch_norm.ghost_batch_size=4") if "_bn_" in recipe else ()
     out = train(recipe, image_folder, tmp_path, size=67, batch=16, micro=4, steps=2, options=options)
     assert "bf16" in out and ("running statistics" in out) == ("_bn_" in recipe)
     (end,) = launching.events(tmp_path, "end")

@@ -45,14 +45,14 @@ def test_accumulation_equals_one_large_batch(accumulated, tmp_path):
 
 
 def test_one_rank_and_stage_0_give_the_same(accumulated, tmp_path):
-    launching.train(*MLP, "--steps", 8, "--output", tmp_path, "--zero_stage", 0, num_ranks=1)
+    launching.train(*MLP, "--steps", 8, "--output", tmp_path, "--zero-stage", 0, num_ranks=1)
     assert largest_error(launching.final_weights(accumulated[0]), launching.final_weights(tmp_path)) < 1e-6
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_stages_2_and_3_train_the_same(accumulated, tmp_path, stage):
     """A part of the exactness matrix through the launcher: losses and trust ratios of a real run."""
-    launching.train(*MLP, "--steps", 8, "--output", tmp_path, "--zero_stage", stage)
+    launching.train(*MLP, "--steps", 8, "--output", tmp_path, "--zero-stage", stage)
     for kind in ("step", "layers", "evaluation"):
         for one, other in zip(launching.events(accumulated[0], kind), launching.events(tmp_path, kind), strict=True):
             if kind == "step":
@@ -66,10 +66,17 @@ def test_stages_2_and_3_train_the_same(accumulated, tmp_path, stage):
 
 def test_what_a_run_leaves_behind(accumulated):
     folder, out = accumulated
-    assert (
-        "global batch 480 = 20 x 12 accumulation steps x 2 ranks on cpu, 8 steps, fp32, ZeRO stage 1, gradient clipping off"
-        in out
-    )
+    rows = dict(line.split(maxsplit=1) for line in out.splitlines() if line.startswith("  "))
+    assert {
+        "batch": "480 = 20 x 12 accumulation steps x 2 ranks on cpu",
+        "steps": "8",
+        "precision": "fp32",
+        "stage": "ZeRO 1",
+        "kernels": "auto",
+        "ds_config": f"{folder}/ds_config.json",
+    }.items() <= rows.items()
+    assert {"model", "data", "optimizer", "schedule"} <= rows.keys() and rows["optimizer"].endswith("clipping off")
+    assert '"train_batch_size"' not in out, "the filled-in ds_config is in its file"
     assert "test accuracy: top-1 0." in out and f"checkpoint: {folder}/checkpoints/step8" in out
     (start,) = launching.events(folder, "start")
     assert start["config"]["optimizer"]["params"]["lr"] > 0 and start["world_size"] == 2
@@ -225,7 +232,7 @@ def test_module_errors():
 
 
 def test_results_table(accumulated, tmp_path):
-    from largebatch.launch.results_table import main, read_run, table
+    from largebatch.launch.study.results_table import main, read_run, table
 
     run = read_run(str(accumulated[0]))
     assert run is not None and run.num_steps == 8

@@ -4,12 +4,12 @@ import os
 import subprocess
 import sys
 
-from largebatch.launch.ports import free_port
+from largebatch.launch.supervise.launcher import free_port
 from support import launching
 
 MEASURED = """
 import sys
-from largebatch.launch.train import main
+from largebatch.launch.trainer.main import main
 code = main(sys.argv[1:])
 # not getrusage's ru_maxrss, which begins with the memory of the process that started this one
 print("PEAK", next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM:")))

@@ -10,7 +10,7 @@ import json
 import pytest
 import torch
 
-from largebatch.launch import plan_command
+from largebatch.launch.commands import plan as plan_command
 from largebatch.planning.communication import traffic
 from largebatch.planning.memory import Layout, memory
 from largebatch.planning.training_time import num_steps

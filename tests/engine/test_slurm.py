@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from largebatch.launch.ports import free_port
+from largebatch.launch.supervise.launcher import free_port
 from support import launching
 
 ROOT = launching.ROOT

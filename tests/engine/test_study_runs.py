@@ -16,7 +16,18 @@ pytestmark = pytest.mark.launcher
 
 def test_a_study_that_is_interrupted_goes_on(tmp_path):
     """One run of 60 steps, stopped on the way by SIGTERM and resumed by the second call."""
-    command = [sys.executable, "-m", "largebatch", "study", "--model", "lenet", "--data", "digits", "--batches", "480"]
+    command = [
+        sys.executable,
+        "-m",
+        "largebatch",
+        "study",
+        "--model",
+        "lenet",
+        "--data-set",
+        "digits",
+        "--batches",
+        "480",
+    ]
     command += [
         "--optimizers",
         "lars",

@@ -14,7 +14,7 @@ from support import hosts, launching
 
 pytestmark = [pytest.mark.launcher, pytest.mark.hosts]
 ROOT = launching.ROOT
-RUN = ("--deepspeed_config", ROOT / "ds_configs/lenet_digits_lars_480.json", "--steps", 6, "--zero_stage", 2)
+RUN = ("--deepspeed_config", ROOT / "ds_configs/lenet_digits_lars_480.json", "--steps", 6, "--zero-stage", 2)
 EXACT = ("loss", "lr", "is_applied", "epoch", "layers", "top1", "test_loss")
 """Fields of the events that are numbers of the training; the others are times."""
 
@@ -92,7 +92,7 @@ def test_two_hosts_train_the_same_as_one(two_hosts, tmp_path):
     assert [host.run("ls", "-A", "/dev/shm")[1] for host in two_hosts.hosts] == ["", ""]
 
 
-LONG_RUN = (*RUN[:2], "--steps", 60, "--zero_stage", 2, "--set", "largebatch.save_every_epochs=1")
+LONG_RUN = (*RUN[:2], "--steps", 60, "--zero-stage", 2, "--set", "largebatch.save_every_epochs=1")
 
 
 def test_a_rank_that_dies_on_the_other_host(two_hosts):

@@ -271,7 +271,7 @@ def test_the_search_for_a_micro_batch_survives_a_real_lack_of_memory(monkeypatch
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     import torch.distributed as dist
 
-    from largebatch.launch import micro_batch
+    from largebatch.launch.trainer import micro_batch
 
     device = torch.device("cuda", torch.cuda.current_device())
     share = 2**30 / torch.cuda.get_device_properties(device).total_memory

@@ -1,4 +1,4 @@
-"""Batch normalisation over a span, against torch's own layer on exactly the images that the span should hold."""
+"""Batch normalisation over ghost batches, against torch's own layer on exactly the images that each should hold."""
 
 import copy
 
@@ -8,9 +8,9 @@ import torch.distributed as dist
 from torch import nn
 
 from largebatch.exclusion import identities, kinds_of
-from largebatch.models.batch_norm import apply_batch_norm_span, average_running_statistics
-from largebatch.models.registry import build_model
-from largebatch.models.span_batch_norm import SpanBatchNorm
+from largebatch.models.batch_norm import apply_ghost_batches, average_running_statistics
+from largebatch.models.catalogue import build_model
+from largebatch.models.ghost_batch_norm import GhostBatchNorm
 
 CHANNELS = 5
 
@@ -24,10 +24,14 @@ def torch_layer(affine=True, cls=nn.BatchNorm2d, dtype=torch.float64):
     return nn.Sequential(layer)
 
 
-def with_span(model, span, micro_batch, world_size=1, accumulation_steps=1):
+def with_ghosts(model, ghost_batch_size, micro_batch, world_size=1, accumulation_steps=1):
     model = copy.deepcopy(model)
-    apply_batch_norm_span(
-        model, span=span, micro_batch=micro_batch, accumulation_steps=accumulation_steps, world_size=world_size
+    apply_ghost_batches(
+        model,
+        ghost_batch_size=ghost_batch_size,
+        micro_batch=micro_batch,
+        accumulation_steps=accumulation_steps,
+        world_size=world_size,
     )
     return model
 
@@ -73,23 +77,23 @@ def assert_equal(found, expected, rtol=1e-12):
 def test_ghosts_are_torchs_layer_on_each_ghost(ghost_size, affine, cls, shape):
     model, x = torch_layer(affine, cls), images(8, shape)
     grad_y = torch.randn_like(x)
-    found = outcome(with_span(model, ghost_size, micro_batch=8), x, grad_y)
+    found = outcome(with_ghosts(model, ghost_size, micro_batch=8), x, grad_y)
     assert_equal(found, ghosts_one_by_one(model, x, grad_y, ghost_size))
 
 
 def test_ghosts_of_a_dense_layer():
     model, x = torch_layer(cls=nn.BatchNorm1d), images(8, ())
     grad_y = torch.randn_like(x)
-    found = outcome(with_span(model, 4, micro_batch=8), x, grad_y)
+    found = outcome(with_ghosts(model, 4, micro_batch=8), x, grad_y)
     assert_equal(found, ghosts_one_by_one(model, x, grad_y, 4))
     with pytest.raises(ValueError, match="over one value per channel"):
-        with_span(model, 1, micro_batch=8)(x)
+        with_ghosts(model, 1, micro_batch=8)(x)
 
 
 def test_channels_last_is_kept():
     model, x = torch_layer(), images(8).contiguous(memory_format=torch.channels_last)
     x.requires_grad_()
-    y = with_span(model, 2, micro_batch=8)(x)
+    y = with_ghosts(model, 2, micro_batch=8)(x)
     y.sum().backward()
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert x.grad.is_contiguous(memory_format=torch.channels_last)
@@ -98,16 +102,16 @@ def test_channels_last_is_kept():
 def test_the_micro_batch_is_torchs_layer_bit_for_bit():
     model, x = torch_layer(dtype=torch.float32), images(8).float()
     grad_y = torch.randn_like(x)
-    found, expected = outcome(with_span(model, "micro_batch", 8), x, grad_y), outcome(model, x, grad_y)
+    found, expected = outcome(with_ghosts(model, "micro_batch", 8), x, grad_y), outcome(model, x, grad_y)
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-def sync_outcome(span, per_rank):
+def sync_outcome(ghost_batch_size, per_rank):
     rank, world_size = dist.get_rank(), dist.get_world_size()
     x = images(per_rank * world_size)
     grad_y = torch.randn_like(x)
     mine = slice(rank * per_rank, (rank + 1) * per_rank)
-    return outcome(with_span(torch_layer(), span, per_rank, world_size), x[mine], grad_y[mine])
+    return outcome(with_ghosts(torch_layer(), ghost_batch_size, per_rank, world_size), x[mine], grad_y[mine])
 
 
 def joined_over_ranks(outcomes):
@@ -119,7 +123,7 @@ def joined_over_ranks(outcomes):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_global_span_is_one_layer_on_all_images(rank_pool, world_size):
+def test_global_ghost_batch_is_one_layer_on_all_images(rank_pool, world_size):
     outcomes = rank_pool.run(world_size, sync_outcome, "global", 2)
     x = images(2 * world_size)
     grad_y = torch.randn_like(x)
@@ -128,7 +132,7 @@ def test_global_span_is_one_layer_on_all_images(rank_pool, world_size):
         assert all(torch.equal(o[key], outcomes[0][key]) for o in outcomes)
 
 
-def test_a_span_over_pairs_of_ranks(rank_pool):
+def test_a_ghost_batch_over_pairs_of_ranks(rank_pool):
     outcomes = rank_pool.run(4, sync_outcome, 6, 3)
     x = images(12)
     grad_y = torch.randn_like(x)
@@ -139,13 +143,13 @@ def test_a_span_over_pairs_of_ranks(rank_pool):
     assert_equal(joined_over_ranks(outcomes), expected)
 
 
-def davidnet_gradients(micro_batch, accumulation_steps, span):
+def davidnet_gradients(micro_batch, accumulation_steps, ghost_batch_size):
     """Gradient of the mean loss over 16 images in this layout, and running statistics averaged over the ranks."""
     world_size, rank = dist.get_world_size(), dist.get_rank()
     torch.manual_seed(1)
     model = build_model("davidnet", image_shape=(3, 8, 8), num_classes=3, options={"width": 2}).double()
     arguments = dict(micro_batch=micro_batch, accumulation_steps=accumulation_steps, world_size=world_size)
-    apply_batch_norm_span(model, span=span, **arguments)
+    apply_ghost_batches(model, ghost_batch_size=ghost_batch_size, **arguments)
     pixels, labels = torch.randn(16, 3, 8, 8, dtype=torch.float64), torch.arange(16) % 3
     for micro_step in range(accumulation_steps):
         start = (micro_step * world_size + rank) * micro_batch
@@ -158,7 +162,7 @@ def davidnet_gradients(micro_batch, accumulation_steps, span):
 
 
 def test_the_gradient_of_a_global_batch_does_not_depend_on_the_layout(rank_pool):
-    """Spans of 4 images in every split of a global batch of 16, and with the micro-batch as span another gradient."""
+    """Ghost batches of 4 images in every split of a global batch of 16; with the micro-batch in their place another gradient."""
     (expected, statistics), *_ = rank_pool.run(1, davidnet_gradients, 16, 1, 4)
     for world_size, micro_batch, accumulation_steps in (
         (1, 8, 2),
@@ -177,20 +181,22 @@ def test_the_gradient_of_a_global_batch_does_not_depend_on_the_layout(rank_pool)
     assert (other - expected).norm() > 0.1 * expected.norm()
 
 
-@pytest.mark.parametrize("span", ["micro_batch", 2])
+@pytest.mark.parametrize("ghost_batch_size", ["micro_batch", 2])
 @pytest.mark.parametrize("accumulation_steps", [1, 3, 64])
-def test_running_statistics_decay_once_a_step(span, accumulation_steps):
+def test_running_statistics_decay_once_a_step(ghost_batch_size, accumulation_steps):
     """With the same images in each micro-step, a step moves them as one update of torch's layer."""
     model, x = torch_layer(), images(2)
     expected = copy.deepcopy(model)
-    found = with_span(model, span, 2, accumulation_steps=accumulation_steps)
+    found = with_ghosts(model, ghost_batch_size, 2, accumulation_steps=accumulation_steps)
     for _ in range(3):
         expected(x)
         for _ in range(accumulation_steps):
             found(x)
     for name in ("running_mean", "running_var"):
         assert torch.allclose(getattr(found[0], name), getattr(expected[0], name), rtol=1e-12)
-    with_two_batches = with_span(found, span, 2, accumulation_steps=1)  # applied again: from the step's momentum
+    with_two_batches = with_ghosts(
+        found, ghost_batch_size, 2, accumulation_steps=1
+    )  # applied again: from the step's momentum
     assert with_two_batches[0].momentum == pytest.approx(0.1)
 
 
@@ -199,7 +205,7 @@ def test_running_statistics_move_by_the_momentum_asked_for(accumulation_steps):
     """Constant images: after each step the distance from their statistics is a quarter of what it was."""
     model, x = torch_layer(), images(8)
     arguments = {"micro_batch": 8, "accumulation_steps": accumulation_steps, "world_size": 1}
-    line = apply_batch_norm_span(model, span="micro_batch", momentum=0.75, **arguments)
+    line = apply_ghost_batches(model, ghost_batch_size="micro_batch", momentum=0.75, **arguments)
     assert "momentum 0.75 a step" in line
     target = x.mean((0, 2, 3))
     distance = (model[0].running_mean - target).abs()
@@ -208,7 +214,7 @@ def test_running_statistics_move_by_the_momentum_asked_for(accumulation_steps):
             model(x)
         torch.testing.assert_close((model[0].running_mean - target).abs(), distance / 4)
         distance = (model[0].running_mean - target).abs()
-    line = apply_batch_norm_span(model, span="micro_batch", **arguments)
+    line = apply_ghost_batches(model, ghost_batch_size="micro_batch", **arguments)
     assert "momentum 0.75 a step" in line, "it stays when the micro-batch changes"
 
 
@@ -216,18 +222,18 @@ def test_a_cumulative_average_stays_one():
     model, x = torch_layer(), images(6)
     model[0].momentum = None
     model[0].reset_running_stats()
-    found = with_span(model, "micro_batch", 2, accumulation_steps=3)
+    found = with_ghosts(model, "micro_batch", 2, accumulation_steps=3)
     for part in x.split(2):
         found(part), model(part)
     assert torch.equal(found[0].running_mean, model[0].running_mean)
 
 
-@pytest.mark.parametrize("span", ["micro_batch", 4])
-def test_running_statistics_keep_fp32_in_a_16_bit_model(span):
+@pytest.mark.parametrize("ghost_batch_size", ["micro_batch", 4])
+def test_running_statistics_keep_fp32_in_a_16_bit_model(ghost_batch_size):
     """In bf16 each of 256 updates by 0.0004 would be lost: half a unit in the last place is 0.002."""
     model, x = torch_layer(dtype=torch.float32), images(8).float()
-    exact = with_span(model, span, 8, accumulation_steps=256)
-    found = with_span(model, span, 8, accumulation_steps=256).bfloat16()
+    exact = with_ghosts(model, ghost_batch_size, 8, accumulation_steps=256)
+    found = with_ghosts(model, ghost_batch_size, 8, accumulation_steps=256).bfloat16()
     assert found[0].weight.dtype == torch.bfloat16 and found[0].running_var.dtype == torch.float32
     for _ in range(256):
         y = found(x.bfloat16())
@@ -245,7 +251,7 @@ def test_the_layer_is_torchs_to_everything_else():
     model = build_model("resnet50", image_shape=(3, 32, 32), num_classes=3)
     original = copy.deepcopy(model)
     parameters = list(model.parameters())
-    line = apply_batch_norm_span(model, span=4, micro_batch=8, accumulation_steps=2, world_size=2)
+    line = apply_ghost_batches(model, ghost_batch_size=4, micro_batch=8, accumulation_steps=2, world_size=2)
     assert line == (
         "batch normalisation (53 layers) over 4 consecutive images x 2 micro-steps; running statistics in fp32: momentum 0.1 a "
         "step, 0.0513 a micro-step"
@@ -264,8 +270,8 @@ def test_the_layer_is_torchs_to_everything_else():
 def test_a_layer_used_twice_stays_one_layer():
     layer = nn.BatchNorm2d(CHANNELS)
     model = nn.Sequential(layer, nn.ReLU(), layer)
-    apply_batch_norm_span(model, span="micro_batch", micro_batch=2, accumulation_steps=1, world_size=1)
-    assert model[0] is model[2] and isinstance(model[0], SpanBatchNorm)
+    apply_ghost_batches(model, ghost_batch_size="micro_batch", micro_batch=2, accumulation_steps=1, world_size=1)
+    assert model[0] is model[2] and isinstance(model[0], GhostBatchNorm)
 
 
 def averaged_statistics():
@@ -281,14 +287,16 @@ def test_running_statistics_are_averaged_over_the_ranks(rank_pool):
         assert torch.allclose(found, expected, rtol=1e-12)
 
 
-def statistics_of_engine(span):
+def statistics_of_engine(ghost_batch_size):
     """What DeepSpeed's bf16 training leaves of the running statistics: (dtypes, before averaging, after)."""
     import deepspeed
 
     world_size = dist.get_world_size()
     torch.manual_seed(0)
     model = build_model("davidnet", image_shape=(3, 8, 8), num_classes=3, options={"width": 2})
-    apply_batch_norm_span(model, span=span, micro_batch=4, accumulation_steps=2, world_size=world_size)
+    apply_ghost_batches(
+        model, ghost_batch_size=ghost_batch_size, micro_batch=4, accumulation_steps=2, world_size=world_size
+    )
     config = {
         "train_batch_size": 8 * world_size,
         "train_micro_batch_size_per_gpu": 4,
@@ -313,18 +321,18 @@ def statistics_of_engine(span):
     return {b.dtype for b in buffers.values()}, num_excluded, before, after
 
 
-@pytest.mark.parametrize("span", ["micro_batch", 2, "global"])
-def test_running_statistics_of_a_bf16_engine(rank_pool, span):
-    (dtypes, num_excluded, first, mean), (_, _, second, same) = rank_pool.run(2, statistics_of_engine, span)
+@pytest.mark.parametrize("ghost_batch_size", ["micro_batch", 2, "global"])
+def test_running_statistics_of_a_bf16_engine(rank_pool, ghost_batch_size):
+    (dtypes, num_excluded, first, mean), (_, _, second, same) = rank_pool.run(2, statistics_of_engine, ghost_batch_size)
     assert dtypes == {torch.float32} and num_excluded == 2 * 8
     assert torch.equal(mean, same) and torch.allclose(mean, (first + second) / 2, rtol=1e-6)
-    assert torch.equal(first, second) == (span == "global")
+    assert torch.equal(first, second) == (ghost_batch_size == "global")
     untouched = torch.cat([torch.zeros(2), torch.ones(2)])
     assert not torch.equal(first[:4].float(), untouched)
 
 
 @pytest.mark.parametrize(
-    "span, micro_batch, world_size, expected",
+    "ghost_batch_size, micro_batch, world_size, expected",
     [
         ("micro_batch", 32, 2, "over 32 images, the micro-batch;"),
         (32, 32, 2, "over 32 images, the micro-batch;"),
@@ -334,46 +342,57 @@ def test_running_statistics_of_a_bf16_engine(rank_pool, span):
         (8, 32, 4, "over 8 consecutive images;"),
     ],
 )
-def test_what_is_in_force_is_said(span, micro_batch, world_size, expected):
-    line = apply_batch_norm_span(
-        torch_layer(), span=span, micro_batch=micro_batch, accumulation_steps=1, world_size=world_size
+def test_what_is_in_force_is_said(ghost_batch_size, micro_batch, world_size, expected):
+    line = apply_ghost_batches(
+        torch_layer(),
+        ghost_batch_size=ghost_batch_size,
+        micro_batch=micro_batch,
+        accumulation_steps=1,
+        world_size=world_size,
     )
     assert expected in line
 
 
 @pytest.mark.parametrize(
-    "span, message",
+    "ghost_batch_size, message",
     [
         (
             64,
-            "span is 64, the micro-batch 32 on 1 rank; expected one of 1, 2, 4, 8, 16, 32: .*train_micro_batch_size_per_gpu",
+            "ghost_batch_size is 64, the micro-batch 32 on 1 rank; expected one of 1, 2, 4, 8, 16, 32: .*train_micro_batch_size_per_gpu",
         ),
-        (12, "span is 12, the micro-batch 32"),
-        (0, 'span is 0; expected "micro_batch", "global", or a number of images >= 1'),
-        ("globl", "span is 'globl'; expected"),
-        (2.0, "span is 2.0; expected"),
-        (True, "span is True; expected"),
+        (12, "ghost_batch_size is 12, the micro-batch 32"),
+        (0, 'ghost_batch_size is 0; expected "micro_batch", "global", or a number of images >= 1'),
+        ("globl", "ghost_batch_size is 'globl'; expected"),
+        (2.0, "ghost_batch_size is 2.0; expected"),
+        (True, "ghost_batch_size is True; expected"),
     ],
 )
-def test_spans_that_cannot_be_had(span, message):
+def test_sizes_that_cannot_be_had(ghost_batch_size, message):
     with pytest.raises((ValueError, TypeError), match=message):
-        with_span(torch_layer(), span, 32)
+        with_ghosts(torch_layer(), ghost_batch_size, 32)
 
 
 def test_models_without_a_layer_to_set():
-    assert with_span(nn.Sequential(nn.Linear(2, 2)), "micro_batch", 4)
-    line = apply_batch_norm_span(nn.Linear(2, 2), span="micro_batch", micro_batch=4, accumulation_steps=1, world_size=1)
+    assert with_ghosts(nn.Sequential(nn.Linear(2, 2)), "micro_batch", 4)
+    line = apply_ghost_batches(
+        nn.Linear(2, 2), ghost_batch_size="micro_batch", micro_batch=4, accumulation_steps=1, world_size=1
+    )
     assert line == "no batch normalisation"
     with pytest.raises(ValueError, match="the model has no batch normalisation; leave it out"):
-        with_span(nn.Sequential(nn.Linear(2, 2)), 2, 4)
+        with_ghosts(nn.Sequential(nn.Linear(2, 2)), 2, 4)
     with pytest.raises(ValueError, match="momentum is 0.5 and the model has no batch normalisation; leave it out"):
-        apply_batch_norm_span(
-            nn.Linear(2, 2), span="micro_batch", micro_batch=4, accumulation_steps=1, world_size=1, momentum=0.5
+        apply_ghost_batches(
+            nn.Linear(2, 2),
+            ghost_batch_size="micro_batch",
+            micro_batch=4,
+            accumulation_steps=1,
+            world_size=1,
+            momentum=0.5,
         )
     with pytest.raises(ValueError, match="0 is a SyncBatchNorm; expected torch's BatchNorm1d, 2d or 3d"):
-        with_span(nn.Sequential(nn.SyncBatchNorm(2)), 2, 4)
+        with_ghosts(nn.Sequential(nn.SyncBatchNorm(2)), 2, 4)
 
 
-def test_a_micro_batch_that_the_span_does_not_divide():
-    with pytest.raises(ValueError, match="span of batch normalisation is 4 images and a micro-batch has 6"):
-        with_span(torch_layer(), 4, 8)(images(6))
+def test_a_micro_batch_that_the_ghost_batch_does_not_divide():
+    with pytest.raises(ValueError, match="ghost batch size is 4 images and a micro-batch has 6"):
+        with_ghosts(torch_layer(), 4, 8)(images(6))

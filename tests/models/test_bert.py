@@ -10,9 +10,9 @@ import torch.distributed as dist
 transformers = pytest.importorskip("transformers", reason="optional: pip install 'largebatch[bert]'")
 
 import largebatch  # noqa: E402
-from largebatch.launch.pretraining import Pretraining, check_same_on_all_ranks, losses_of  # noqa: E402
+from largebatch.launch.trainer.pretraining import Pretraining, check_same_on_all_ranks, losses_of  # noqa: E402
 from largebatch.models.bert import build_bert, mask_of_pairs  # noqa: E402
-from largebatch.models.registry import check_model  # noqa: E402
+from largebatch.models.catalogue import check_model  # noqa: E402
 
 TINY = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "max_positions": 32, "dropout": 0.0}
 LAMB = {

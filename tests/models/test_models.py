@@ -9,7 +9,7 @@ from torch import nn
 from largebatch.exclusion import identities, kinds_of
 from largebatch.models.alexnet import LocalResponseNorm
 from largebatch.models.auxiliary import loss_with_auxiliaries
-from largebatch.models.registry import BUILDERS, TEXT_BUILDERS, build_model, check_model
+from largebatch.models.catalogue import BUILDERS, TEXT_BUILDERS, build_model, check_model
 
 IMAGENET = (3, 227, 227)
 SMALL_SHAPES = (

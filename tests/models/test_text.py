@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 
 tokenizers = pytest.importorskip("tokenizers", reason="comes with transformers: pip install 'largebatch[bert]'")
 
-from largebatch.launch.inputs.sentence_pairs import SentencePairs  # noqa: E402
-from largebatch.launch.inputs.text import Sentences, TextOptions, load_text  # noqa: E402
-from largebatch.launch.inputs.wordpiece import (  # noqa: E402
+from largebatch.launch.data.sentence_pairs import SentencePairs  # noqa: E402
+from largebatch.launch.data.text import Sentences, TextOptions, load_text  # noqa: E402
+from largebatch.launch.data.wordpiece import (  # noqa: E402
     SPECIAL_TOKENS,
     Vocabulary,
     read_vocabulary,
     train_vocabulary,
 )
-from largebatch.launch.pretraining import Pretraining  # noqa: E402
+from largebatch.launch.trainer.pretraining import Pretraining  # noqa: E402
 
 WORDS = (
     "the quick brown foxes jumped over a lazy dog while seven Wizards boxed quietly near Café Zürich in 1984".split()

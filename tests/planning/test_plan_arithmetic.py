@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from largebatch.planning.choice import Demand, choose, gigabytes, nearest_batches, parse_bytes
 from largebatch.planning.communication import (
     NETWORKS,
     Cluster,
@@ -17,7 +18,6 @@ from largebatch.planning.communication import (
     traffic,
 )
 from largebatch.planning.memory import OFFLOADS, PARTS, STATE_BYTES, Layout, largest_owned, memory
-from largebatch.planning.planner import Demand, choose, gigabytes, nearest_batches, parse_bytes
 from largebatch.planning.scaling_rules import LARS_TABLE, lars_table_rates, scaled_rates
 from largebatch.planning.training_time import duration, num_steps, step_time
 

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from largebatch.launch import plan_command, plan_recipe
-from largebatch.launch.recipe_files import load_recipes
-from largebatch.launch.run_plan import make_plan
+from largebatch.launch.commands import plan as plan_command
+from largebatch.launch.recipe.reading import load_recipes
+from largebatch.launch.recipe.resolved_run import resolve
+from largebatch.launch.sizing import scaled_recipe
 from largebatch.planning.activations import probe
 
 MLP = ("--recipe", "lenet_digits_lamb_480", "--gpus", "2", "--throughput", "1000")
@@ -32,9 +33,9 @@ def test_what_is_written_is_what_the_trainer_runs(capsys, tmp_path):
     code, out, _ = run(capsys, *MLP, "--global-batch", 960, "--output", path)
     assert code == 0 and f"wrote {path}" in out
     config = json.loads(path.read_text())
-    plan = make_plan(config, num_samples=1437, world_size=2, output="runs")
+    plan = resolve(config, num_samples=1437, world_size=2, output="runs")
     assert (plan.global_batch, plan.micro_batch, plan.accumulation_steps) == (960, 240, 2)
-    at_480 = make_plan(load_recipes()["lenet_digits_lamb_480"], num_samples=1437, world_size=2, output="runs").config
+    at_480 = resolve(load_recipes()["lenet_digits_lamb_480"], num_samples=1437, world_size=2, output="runs").config
     assert config["optimizer"]["params"]["lr"] == pytest.approx(at_480["optimizer"]["params"]["lr"] * 2**0.5, rel=1e-5)
     assert "auto" not in json.dumps(plan.config)
 
@@ -67,7 +68,7 @@ def test_a_batch_that_does_not_divide_becomes_the_nearest_that_does(capsys):
 
 
 def test_the_nearest_recipe_is_named(capsys):
-    found = planned(capsys, "--model", "lenet", "--data", "mnist", "--optimizer", "lamb", "--global-batch", 9000,
+    found = planned(capsys, "--model", "lenet", "--data-set", "mnist", "--optimizer", "lamb", "--global-batch", 9000,
                     "--gpus", 1, "--throughput", 1)  # fmt: skip
     assert found["recipe"] == "lenet_mnist_lamb_8k"
     assert found["notes"][0] == "starting from the recipe lenet_mnist_lamb_8k, the nearest in batch"
@@ -75,8 +76,8 @@ def test_the_nearest_recipe_is_named(capsys):
 
 def test_lars_between_recipes_starts_from_the_papers():
     """At 3,000 the nearest recipe is MLPerf's, whose other settings don't go with the paper's table."""
-    assert plan_recipe.nearest_recipe("resnet50", "imagenet", "LARS", 3000)[0] == "resnet50_imagenet_lars_8k_maxaug"
-    assert plan_recipe.nearest_recipe("resnet50", "imagenet", "LARS", 4096)[0] == "resnet50_imagenet_lars_4k_nus"
+    assert scaled_recipe.nearest_recipe("resnet50", "imagenet", "LARS", 3000)[0] == "resnet50_imagenet_lars_8k_maxaug"
+    assert scaled_recipe.nearest_recipe("resnet50", "imagenet", "LARS", 4096)[0] == "resnet50_imagenet_lars_4k_nus"
 
 
 def test_little_memory_makes_a_smaller_micro_batch(capsys):
@@ -91,16 +92,16 @@ def test_little_memory_makes_a_smaller_micro_batch(capsys):
     ("arguments", "message"),
     [
         ((), "give either --recipe, or --model"),
-        (("--recipe", "lenet_mnist_lamb_8k", "--data", "mnist"), "--data goes with --model"),
+        (("--recipe", "lenet_mnist_lamb_8k", "--data-set", "mnist"), "--data-set goes with --model"),
         (("--recipe", "lenet_mnist_lam_8k", "--gpus", "1"), "did you mean 'lenet_mnist_lamb_8k'"),
-        (("--model", "lenet", "--data", "imagenet", "--gpus", "1"), "there is no recipe for lenet, imagenet"),
+        (("--model", "lenet", "--data-set", "imagenet", "--gpus", "1"), "there is no recipe for lenet, imagenet"),
         ((*MLP, "--zero-stage", "4"), "--zero-stage is '4'; expected 0, 1, 2, 3 or auto"),
         ((*MLP, "--micro-batch", "7"), "--micro-batch 7 does not divide 480 samples.*the nearest that do: 6 and 8"),
         ((*MLP, "--rule", "table"), "--rule table is of the LARS paper"),
         ((*MLP, "--network", "10gbe"), "--network is between nodes and there is one"),
         ((*MLP, "--nodes", "2", "--network", "10gb"), "expected one of 1gbe"),
-        ((*MLP, "--recipe-stage", "1"), "has no stages; leave it out"),
-        (("--recipe", "bert_text_lamb_32k", "--gpus", "1"), "has 2 stages, each a plan of its own"),
+        ((*MLP, "--recipe-phase", "1"), "has no phases; leave it out"),
+        (("--recipe", "bert_text_lamb_32k", "--gpus", "1"), "has 2 phases, each a plan of its own"),
         (("--recipe", "lenet_mnist_lars_8k", "--gpus", "1", "--global-batch", "4096"), "no table for 'lenet'.*--rule sqrt"),
         (
             ("--recipe", "resnet50_imagenet_lars_4k_mlperf", "--gpus", "1", "--global-batch", "2048"),

@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from largebatch.launch.checkpoints import files, loading, saving
-from largebatch.launch.checkpoints.background import BackgroundSaving
-from largebatch.launch.checkpoints.retention import Retention
+from largebatch.launch.trainer.saving import atomic, resuming, step_folders
+from largebatch.launch.trainer.saving.background import BackgroundSaving
+from largebatch.launch.trainer.saving.retention import Retention
 from support import engine_runs
 
 LAYOUTS = {
@@ -51,7 +51,7 @@ def save_both_ways(algorithm, layout, folder):
         background = BackgroundSaving(engine, rank=dist.get_rank())
         for step in (1, 2):
             engine_runs.take_step(engine, step)
-            saving.save(engine, f"{folder}/foreground", step, rank=dist.get_rank())
+            atomic.save(engine, f"{folder}/foreground", step, rank=dist.get_rank())
             background.start(f"{folder}/background", step)
             engine_runs.take_step(engine, step + 2)
             background.finish()
@@ -61,8 +61,8 @@ def save_both_ways(algorithm, layout, folder):
             found.append(one.keys() == other.keys() and len(one) > 0 and same)
             dist.barrier()
         background.close()
-        manifests = [files.read_manifest(f"{folder}/{way}/step2") for way in ("foreground", "background")]
-    return found, [sorted(manifest["files"]) for manifest in manifests], loading.newest_whole(f"{folder}/background")
+        manifests = [step_folders.read_manifest(f"{folder}/{way}/step2") for way in ("foreground", "background")]
+    return found, [sorted(manifest["files"]) for manifest in manifests], resuming.newest_whole(f"{folder}/background")
 
 
 @pytest.mark.parametrize("algorithm", ["LARS", "LAMB"])
@@ -89,13 +89,13 @@ def train_while_the_disk_waits(folder):
         before = engine_runs.master_pieces(engine)
         engine_runs.take_step(engine, 1)
         has_moved = any(not a[2].equal(b[2]) for a, b in zip(before, engine_runs.master_pieces(engine), strict=True))
-        during = files.steps_in(folder), background.is_done
+        during = step_folders.steps_in(folder), background.is_done
         dist.barrier()
         lets_go.set()
         background.finish()
         background.start(folder, 2, retention=Retention(last=1))
         background.finish()
-        return has_moved, during, files.steps_in(folder), files.pointed_to(folder)
+        return has_moved, during, step_folders.steps_in(folder), step_folders.pointed_to(folder)
 
 
 def test_training_goes_on_meanwhile(rank_pool, tmp_path):
@@ -121,21 +121,21 @@ def save_with_a_full_disk(folder, full_rank, in_background):
     rank = dist.get_rank()
     with engine_runs.engine_for(engine_runs.ds_config("LARS", 1), num_steps=6) as engine:
         engine_runs.take_step(engine, 0)
-        saving.save(engine, folder, 1, rank=rank)
+        atomic.save(engine, folder, 1, rank=rank)
         background = BackgroundSaving(engine, rank=rank)
-        with full_disk(rank == full_rank), pytest.raises(saving.CheckpointNotWrittenError) as error:
+        with full_disk(rank == full_rank), pytest.raises(atomic.CheckpointNotWrittenError) as error:
             if in_background:
                 background.start(folder, 2)
                 background.finish()
             else:
-                saving.save(engine, folder, 2, rank=rank)
+                atomic.save(engine, folder, 2, rank=rank)
         dist.barrier()
         left = sorted(name for name in os.listdir(folder) if not name.endswith(".py"))
         dist.barrier()
         engine_runs.take_step(engine, 1)
         background.start(folder, 3)
         background.finish()
-        return str(error.value), left, loading.newest_whole(folder)
+        return str(error.value), left, resuming.newest_whole(folder)
 
 
 @pytest.mark.parametrize("in_background", [False, True])
@@ -151,18 +151,18 @@ def test_a_full_disk_is_told_on_all_ranks(rank_pool, tmp_path, full_rank, in_bac
 def save_where_removing_fails(folder):
     with engine_runs.engine_for(engine_runs.ds_config("LARS", 1), num_steps=6) as engine:
         engine_runs.take_step(engine, 0)
-        saving.save(engine, folder, 1, rank=dist.get_rank())
+        atomic.save(engine, folder, 1, rank=dist.get_rank())
 
         def denied(path):
             raise PermissionError(errno.EACCES, "Permission denied", path)
 
-        remove, files.remove = files.remove, denied
+        remove, step_folders.remove = step_folders.remove, denied
         try:
-            with pytest.raises(saving.CheckpointNotRemovedError) as error:
-                saving.save(engine, folder, 2, rank=dist.get_rank(), retention=Retention(last=1))
+            with pytest.raises(atomic.CheckpointNotRemovedError) as error:
+                atomic.save(engine, folder, 2, rank=dist.get_rank(), retention=Retention(last=1))
         finally:
-            files.remove = remove
-        return str(error.value), loading.newest_whole(folder)
+            step_folders.remove = remove
+        return str(error.value), resuming.newest_whole(folder)
 
 
 def test_an_old_one_that_cannot_be_removed(rank_pool, tmp_path):

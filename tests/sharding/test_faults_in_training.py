@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from largebatch.launch import slow_ranks
-from largebatch.launch.checkpoints import files
-from largebatch.launch.classification import Classification
+from largebatch.launch.trainer import slow_ranks
+from largebatch.launch.trainer.classification import Classification
+from largebatch.launch.trainer.saving import step_folders
 from support import trainer_runs
 from support.trainer_runs import patched
 
@@ -60,7 +60,7 @@ def train_with_a_burst(folder, stage, options):
 
     with patched(Classification, loss=bursting):
         weights, _, _ = trainer_runs.run_trainer(
-            [*ARGUMENTS, "--steps", 12, "--output", folder, "--zero_stage", stage, *options]
+            [*ARGUMENTS, "--steps", 12, "--output", folder, "--zero-stage", stage, *options]
         )
     return all(bool(torch.isfinite(value).all()) for value in weights.values() if value.is_floating_point())
 
@@ -103,8 +103,8 @@ def test_a_background_checkpoint_that_fails_is_told_and_training_goes_on(rank_po
     (told,) = events(tmp_path / "failed", "checkpoint_failed")
     assert told["step"] == 4 and "rank 1: OSError: [Errno 28] No space left on device" in told["reason"]
     for folder in ("whole", "failed"):
-        kept = files.steps_in(str(tmp_path / folder / "checkpoints"))
-        assert kept == [12, 10] and files.pointed_to(str(tmp_path / folder / "checkpoints")) == 12
+        kept = step_folders.steps_in(str(tmp_path / folder / "checkpoints"))
+        assert kept == [12, 10] and step_folders.pointed_to(str(tmp_path / folder / "checkpoints")) == 12
     for a, b in zip(whole, failed, strict=True):
         assert all(torch.equal(a[name], b[name]) for name in a)
 
@@ -121,6 +121,6 @@ def test_the_best_evaluation_is_kept(rank_pool, tmp_path):
     losses = {event["step"]: event["test_loss"] for event in events(tmp_path, "evaluation")}
     best = min(losses, key=losses.get)
     checkpoints = str(tmp_path / "checkpoints")
-    assert files.pointed_to(checkpoints, "best") == best
-    assert set(files.steps_in(checkpoints)) == {best, 45}
-    assert files.read_manifest(os.path.join(checkpoints, f"step{best}"))["figures"]["test_loss"] == losses[best]
+    assert step_folders.pointed_to(checkpoints, "best") == best
+    assert set(step_folders.steps_in(checkpoints)) == {best, 45}
+    assert step_folders.read_manifest(os.path.join(checkpoints, f"step{best}"))["metrics"]["test_loss"] == losses[best]

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from largebatch.engine.initialization import set_timeout_of_all_groups
-from largebatch.launch import lost_ranks
+from largebatch.launch.supervise import exits
 from support.rank_pool import RankPool
 
 SECONDS = 2.0
@@ -34,8 +34,8 @@ def lose(how, folder):
         dist.all_reduce(torch.ones(3), group=group)
         line = "nothing was noticed"
     except RuntimeError as error:
-        assert lost_ranks.is_lost_rank(error)
-        line = lost_ranks.explanation(error, rank=0, world_size=2, step=17, timeout=timeout)
+        assert exits.is_lost_rank(error)
+        line = exits.explanation(error, rank=0, world_size=2, step=17, timeout=timeout)
     (pathlib.Path(folder) / "line").write_text(line)
     said.touch()
 
@@ -82,12 +82,12 @@ def test_the_survivor_explains(tmp_path, how, words):
     ],
 )
 def test_what_counts_as_lost(error, is_lost):
-    assert lost_ranks.is_lost_rank(error) == is_lost
+    assert exits.is_lost_rank(error) == is_lost
 
 
 def test_the_timeout_is_the_recipes_else_deepspeeds(monkeypatch):
     monkeypatch.delenv("DEEPSPEED_TIMEOUT", raising=False)
-    assert lost_ranks.timeout_of({"collective_timeout_seconds": None}).total_seconds() == 600
+    assert exits.timeout_of({"collective_timeout_seconds": None}).total_seconds() == 600
     monkeypatch.setenv("DEEPSPEED_TIMEOUT", "3")
-    assert lost_ranks.timeout_of({"collective_timeout_seconds": None}).total_seconds() == 180
-    assert lost_ranks.timeout_of({"collective_timeout_seconds": 1.5}).total_seconds() == 1.5
+    assert exits.timeout_of({"collective_timeout_seconds": None}).total_seconds() == 180
+    assert exits.timeout_of({"collective_timeout_seconds": 1.5}).total_seconds() == 1.5

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch.distributed as dist
 
-from largebatch.launch import train
+from largebatch.launch.trainer import main as train
 from support import engine_runs, trainer_runs
 
 RECIPE = {
@@ -26,7 +26,7 @@ def arguments(folder, recipe=RECIPE, stage=0, *options):
     folder.mkdir(exist_ok=True, parents=True)
     path = folder / f"recipe{recipe['train_batch_size']}.json"
     path.write_text(json.dumps(recipe))
-    return ["--deepspeed_config", path, "--output", folder / "run", "--zero_stage", stage, *options]
+    return ["--deepspeed_config", path, "--output", folder / "run", "--zero-stage", stage, *options]
 
 
 def steps(folder):
@@ -74,7 +74,7 @@ def test_from_fp32_to_bf16(rank_pool, tmp_path, whole_run):
 def refusal(argv, on_own_nodes=False):
     with trainer_runs.launched(on_own_nodes), pytest.raises(ValueError) as error:
         run = train.prepare(train.parse_arguments([str(a) for a in argv]))
-        train.open_stage(run, run.stages[-1], None)
+        train.open_phase(run, run.phases[-1], None)
     return str(error.value)
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from largebatch.launch.running_statistics import averaged_over_ranks, load_own, own_state, statistics_of
+from largebatch.launch.trainer.running_statistics import averaged_over_ranks, load_own, own_state, statistics_of
 from support import trainer_runs
 
 

@@ -7,7 +7,7 @@ import pathlib
 import pytest
 import torch.distributed as dist
 
-from largebatch.launch.checkpoints import files, loading, saving
+from largebatch.launch.trainer.saving import atomic, resuming, step_folders
 from support import engine_runs
 
 
@@ -18,15 +18,15 @@ def checkpoints_with_faults(folder, damage, world_stage=2):
         pieces = {}
         for step in (1, 2):
             engine_runs.take_step(engine, step)
-            saving.save(engine, folder, step, rank=dist.get_rank())
+            atomic.save(engine, folder, step, rank=dist.get_rank())
             pieces[step] = engine_runs.master_pieces(engine)
     dist.barrier()
     if dist.get_rank() == 0:
         damage(pathlib.Path(folder) / "step2")
     dist.barrier()
-    step, said = loading.newest_whole(folder)
+    step, said = resuming.newest_whole(folder)
     with engine_runs.engine_for(config, num_steps=6) as engine:
-        loading.load(engine, folder, step, rank=dist.get_rank())
+        resuming.load(engine, folder, step, rank=dist.get_rank())
         found = engine_runs.master_pieces(engine)
     is_restored = all(a[:2] == b[:2] and a[2].equal(b[2]) for a, b in zip(found, pieces[step], strict=True)) and len(
         found
@@ -55,7 +55,7 @@ def remove_a_file(checkpoint):
 
 
 def remove_the_manifest(checkpoint):
-    (checkpoint / files.MANIFEST).unlink()
+    (checkpoint / step_folders.MANIFEST).unlink()
 
 
 def remove_the_pointer(checkpoint):
@@ -83,7 +83,7 @@ def test_the_newest_whole_one_is_taken(rank_pool, tmp_path, world_size, damage, 
 
 def nothing_whole(folder):
     with pytest.raises(ValueError) as error:
-        loading.newest_whole(folder)
+        resuming.newest_whole(folder)
     return str(error.value)
 
 
@@ -103,7 +103,7 @@ def save_with_a_full_disk(folder, full_rank, file_name):
     """The message on this rank, and what training and the next checkpoint come to."""
     with engine_runs.engine_for(engine_runs.ds_config("LARS", 1), num_steps=6) as engine:
         engine_runs.take_step(engine, 0)
-        saving.save(engine, folder, 1, rank=dist.get_rank())
+        atomic.save(engine, folder, 1, rank=dist.get_rank())
         engine_runs.take_step(engine, 1)
         writer = engine.checkpoint_engine
         write = writer.save
@@ -115,15 +115,15 @@ def save_with_a_full_disk(folder, full_rank, file_name):
 
         if dist.get_rank() == full_rank:
             writer.save = fails
-        with pytest.raises(saving.CheckpointNotWrittenError) as error:
-            saving.save(engine, folder, 2, rank=dist.get_rank())
+        with pytest.raises(atomic.CheckpointNotWrittenError) as error:
+            atomic.save(engine, folder, 2, rank=dist.get_rank())
         dist.barrier()
         left = checkpoints_in(folder)
         if dist.get_rank() == full_rank:
             writer.save = write
         engine_runs.take_step(engine, 2)
-        saving.save(engine, folder, 3, rank=dist.get_rank())
-        return str(error.value), left, loading.newest_whole(folder)
+        atomic.save(engine, folder, 3, rank=dist.get_rank())
+        return str(error.value), left, resuming.newest_whole(folder)
 
 
 @pytest.mark.parametrize("full_rank, file_name", [(0, "model_states"), (1, "optim_states")])
@@ -137,8 +137,8 @@ def test_a_full_disk_on_one_rank(rank_pool, tmp_path, full_rank, file_name):
 def save_to(folder):
     with engine_runs.engine_for(engine_runs.ds_config("LARS", 1), num_steps=6) as engine:
         engine_runs.take_step(engine, 0)
-        with pytest.raises(saving.CheckpointNotWrittenError) as error:
-            saving.save(engine, folder, 1, rank=dist.get_rank())
+        with pytest.raises(atomic.CheckpointNotWrittenError) as error:
+            atomic.save(engine, folder, 1, rank=dist.get_rank())
         return str(error.value)
 
 
@@ -152,16 +152,16 @@ def save_twice(folder):
     """Paths and times of the first checkpoint's files after saving the same step again, and after damage."""
     with engine_runs.engine_for(engine_runs.ds_config("LAMB", 1), num_steps=6) as engine:
         engine_runs.take_step(engine, 0)
-        path = pathlib.Path(saving.save(engine, folder, 1, rank=dist.get_rank()))
+        path = pathlib.Path(atomic.save(engine, folder, 1, rank=dist.get_rank()))
         first = {p.name: p.stat().st_mtime_ns for p in path.iterdir()}
-        saving.save(engine, folder, 1, rank=dist.get_rank())
+        atomic.save(engine, folder, 1, rank=dist.get_rank())
         second = {p.name: p.stat().st_mtime_ns for p in path.iterdir()}
         dist.barrier()
         if dist.get_rank() == 0:
             remove_a_file(path)
         dist.barrier()
-        saving.save(engine, folder, 1, rank=dist.get_rank())
-        return first == second, loading.newest_whole(folder), checkpoints_in(folder)
+        atomic.save(engine, folder, 1, rank=dist.get_rank())
+        return first == second, resuming.newest_whole(folder), checkpoints_in(folder)
 
 
 def test_a_whole_checkpoint_is_kept_and_a_damaged_one_replaced(rank_pool, tmp_path):

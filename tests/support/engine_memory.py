@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from largebatch.models.registry import build_model
+from largebatch.models.catalogue import build_model
 from largebatch.planning.activations import probe
 from support.engine_runs import fp16_allowed
 

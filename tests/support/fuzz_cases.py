@@ -27,9 +27,10 @@ import warnings
 import torch
 
 import largebatch
-from largebatch.launch import leaving, train
-from largebatch.launch.checkpoints import files as checkpoint_files
-from largebatch.launch.inputs import sources
+from largebatch.launch.data import sources
+from largebatch.launch.supervise import exits
+from largebatch.launch.trainer import main as train
+from largebatch.launch.trainer.saving import step_folders
 from largebatch.models.mlp import MLP
 from largebatch.optim.registry import OPTIMIZERS
 from support import fuzz_checkpoints, fuzz_configs
@@ -49,7 +50,7 @@ def join_world_of_one():
 
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
     if not torch.distributed.is_initialized():
-        from largebatch.launch.ports import free_port
+        from largebatch.launch.supervise.launcher import free_port
 
         os.environ["MASTER_PORT"] = str(free_port())
         deepspeed.init_distributed("gloo", verbose=False)
@@ -92,11 +93,11 @@ ENGINES = []
 @contextlib.contextmanager
 def few_steps(seen):
     """Stops training as Ctrl-C does, after a few steps or a second; keeps what ``refuse`` is told and the data sets read."""
-    open_stage, refuse, load = train.open_stage, train.refuse, sources.load_data
+    open_phase, refuse, load = train.open_phase, train.refuse, sources.load_data
     started = []
 
     def open_limited(run, stage, reporter):
-        loop, first_step = open_stage(run, stage, reporter)
+        loop, first_step = open_phase(run, stage, reporter)
         started.append(time.monotonic())
         ENGINES.append(loop.engine)
         train_one_step, ask = loop._train_one_step, loop._is_interrupted
@@ -127,11 +128,11 @@ def few_steps(seen):
             DATA["digits"] = load(name, folder, {})
         return DATA["digits"] if not options else load(name, folder, options)
 
-    from largebatch.launch import classification
+    from largebatch.launch.trainer import classification
 
     with (
-        patched(train, open_stage=open_limited, refuse=kept, leave=lambda code: code),
-        patched(leaving, leave=lambda code: code),
+        patched(train, open_phase=open_limited, refuse=kept, leave=lambda code: code),
+        patched(exits, leave=lambda code: code),
         patched(classification, load_data=load_once),
     ):
         yield
@@ -146,8 +147,8 @@ def run_main(arguments, limit=NUM_STEPS, seconds=SECONDS_OF_TRAINING):
         warnings.simplefilter("ignore")
         try:
             seen.code = train.main(arguments)
-        except SystemExit as leaving:
-            seen.code = leaving.code
+        except SystemExit as stop:
+            seen.code = stop.code
         except BaseException as error:
             seen.escaped = error
     seen.out, seen.err = out.getvalue(), err.getvalue()
@@ -185,8 +186,8 @@ def damages(folder):
     for path in pathlib.Path(folder).rglob("*.partial"):
         wrong.append(f"{path.name} was left behind")
     checkpoints = os.path.join(folder, "checkpoints")
-    for step in checkpoint_files.steps_in(checkpoints):
-        wrong += checkpoint_files.faults(os.path.join(checkpoints, checkpoint_files.name_of(step)))
+    for step in step_folders.steps_in(checkpoints):
+        wrong += step_folders.faults(os.path.join(checkpoints, step_folders.name_of(step)))
     for path in pathlib.Path(folder).glob("ds_config*.json"):
         if not path.is_file():
             wrong.append(f"{path.name} is no file")
@@ -249,7 +250,7 @@ def script_case(rng, folder):
 
 
 def is_left_to_deepspeed(config):
-    from largebatch.launch.engines import check_optimizer_type
+    from largebatch.launch.trainer.engines import check_optimizer_type
 
     if not isinstance(config, dict):
         return False

@@ -9,14 +9,14 @@ import pickle
 import shutil
 import tempfile
 
-from largebatch.launch.checkpoints import files as checkpoint_files
+from largebatch.launch.trainer.saving import step_folders
 
 RUNS = {
-    "lars, stage 1": ["lenet_digits_lars_480", "--zero_stage", "1"],
-    "lamb, stage 2, bf16": ["lenet_digits_lamb_480", "--zero_stage", "2", "--precision", "bf16"],
-    "lamb, stage 3": ["lenet_digits_lamb_480", "--zero_stage", "3"],
-    "lars, stage 0": ["lenet_digits_lars_480", "--zero_stage", "0"],
-    "sgd, stage 1, bf16": ["lenet_digits_sgd_480", "--zero_stage", "1", "--precision", "bf16"],
+    "lars, stage 1": ["lenet_digits_lars_480", "--zero-stage", "1"],
+    "lamb, stage 2, bf16": ["lenet_digits_lamb_480", "--zero-stage", "2", "--precision", "bf16"],
+    "lamb, stage 3": ["lenet_digits_lamb_480", "--zero-stage", "3"],
+    "lars, stage 0": ["lenet_digits_lars_480", "--zero-stage", "0"],
+    "sgd, stage 1, bf16": ["lenet_digits_sgd_480", "--zero-stage", "1", "--precision", "bf16"],
 }
 """Name -> recipe and settings; on the small MLP, with checkpoints after steps 1 to 3 of 4."""
 
@@ -45,9 +45,9 @@ def trained_run(name, run_main):
     cut = run.parent / "interrupted"
     if not cut.exists():
         shutil.copytree(run, cut)
-        newest = max(checkpoint_files.steps_in(str(cut / "checkpoints")))
-        shutil.rmtree(cut / "checkpoints" / checkpoint_files.name_of(newest))
-        (cut / "checkpoints" / "latest").write_text(checkpoint_files.name_of(newest - 1))
+        newest = max(step_folders.steps_in(str(cut / "checkpoints")))
+        shutil.rmtree(cut / "checkpoints" / step_folders.name_of(newest))
+        (cut / "checkpoints" / "latest").write_text(step_folders.name_of(newest - 1))
         lines = (cut / "metrics.jsonl").read_text().splitlines(keepends=True)
         (cut / "metrics.jsonl").write_text("".join(lines[:-2]))
     return cut, arguments, figures
@@ -147,9 +147,9 @@ OTHER_RUNS = [
     ["--set", "optimizer.type=NLAMB", "--set", 'optimizer.params={"lr":0.01}'],
     ["--set", "largebatch.model=lenet"],
     ["--set", "largebatch.model=lenet", "--set", "largebatch.model_options.dropout=0.1"],
-    ["--zero_stage", "0"],
-    ["--zero_stage", "1"],
-    ["--zero_stage", "3"],
+    ["--zero-stage", "0"],
+    ["--zero-stage", "1"],
+    ["--zero-stage", "3"],
     ["--precision", "bf16"],
     ["--precision", "fp32"],
     ["--set", "train_batch_size=96"],
@@ -166,8 +166,8 @@ OTHER_RUNS = [
 
 def steps_folder(run, rng):
     checkpoints = run / "checkpoints"
-    steps = checkpoint_files.steps_in(str(checkpoints))
-    return checkpoints / checkpoint_files.name_of(rng.choice([steps[0], steps[0], *steps]))
+    steps = step_folders.steps_in(str(checkpoints))
+    return checkpoints / step_folders.name_of(rng.choice([steps[0], steps[0], *steps]))
 
 
 def damage(rng, run, whole):
@@ -200,7 +200,7 @@ def damage(rng, run, whole):
 
 
 def manifest(rng, folder):
-    path = folder / checkpoint_files.MANIFEST
+    path = folder / step_folders.MANIFEST
     content = json.loads(path.read_text())
     name = rng.choice(sorted(content["files"]))
     entry = content["files"][name]
@@ -245,7 +245,7 @@ def manifest(rng, folder):
         )
         content["files"][name] = {
             "bytes": (folder / name).stat().st_size,
-            "sha256": checkpoint_files.checksum(str(folder / name)),
+            "sha256": step_folders.checksum(str(folder / name)),
         }
         may_differ = True
     text = json.dumps(content)
@@ -283,7 +283,7 @@ def layout(rng, run):
         foreign.mkdir()
         (foreign / "model.safetensors").write_bytes(rng.randbytes(100))
         if rng.random() < 0.5:
-            (foreign / checkpoint_files.MANIFEST).write_text(
+            (foreign / step_folders.MANIFEST).write_text(
                 rng.choice(["{}", '{"files": {}}', "[]", '{"files": {"model.safetensors": {}}}'])
             )
         words += [foreign.name]

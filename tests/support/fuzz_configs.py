@@ -6,7 +6,7 @@ import math
 import string
 from dataclasses import dataclass, field
 
-from largebatch.launch.recipe_files import load_recipes
+from largebatch.launch.recipe.reading import load_recipes
 
 README_CONFIG = {
     "train_batch_size": 48,
@@ -57,8 +57,8 @@ def toy(recipe):
     shrink(recipe)
     recipe["largebatch"] |= {"model": "mlp", "data": "digits"}
     recipe.setdefault("zero_optimization", {})["reduce_bucket_size"] = BUCKET
-    for stage in recipe["largebatch"].get("stages") or []:
-        shrink(stage)
+    for phase in recipe["largebatch"].get("phases") or []:
+        shrink(phase)
     return recipe
 
 
@@ -66,7 +66,7 @@ def shrink(part):
     section = part.setdefault("largebatch", {})
     for name in ("model_options", "data_options", "augmentation", "batch_norm", "epochs", "no_weight_decay"):
         section.pop(name, None)
-    if not section.get("stages"):
+    if not section.get("phases"):
         section["steps"] = 3
     if part.get("train_batch_size"):
         part["train_batch_size"] = 48
@@ -435,18 +435,18 @@ SETTINGS = [
     "optimizer.params.lr=2.5", "optimizer.params.lr", "=3", "optimizer.params.lr=", "optimizer=", "optimizer.type=LARZ", "largebatch=5",
     "largebatch.seed=-1", "largebatch.seed=1000000000000000000000", "largebatch.steps=1e999", "largebatch.epochs=0.0001",
     "optimizer.params.lr.x=1", "zero_optimization=3", "zero_optimization.stage=2", "a.b.c.d=1", ".=1", "..a=1", "largebatch.schedule_stretch=1e300",
-    "largebatch.stages=[]", "largebatch.stages=[{}]", 'largebatch.stages=[{"largebatch":null}]', "largebatch.mixup=0.2", "largebatch.mixup=nan",
+    "largebatch.phases=[]", "largebatch.phases=[{}]", 'largebatch.phases=[{"largebatch":null}]', "largebatch.mixup=0.2", "largebatch.mixup=nan",
     "largebatch.save_every_epochs=1e-12", "largebatch.evaluate_every_epochs=1e-9", "largebatch.model=lenet", "largebatch.data=synthetic",
     'largebatch.data_options={"num_samples":0}', "largebatch.model_options={\"dropout\":7}", "largebatch.label_smoothing=1", "scheduler=null",
     "scheduler.params=null", "scheduler.params.total_steps=0", "scheduler.params.warmup_steps=-1", "scheduler.params.power=1e9", "optimizer.params=null",
     "optimizer.params.weight_decay=[1]", "tensorboard.output_path=/proc/nothing", "tensorboard=null", "largebatch.batch_norm=7",
-    'largebatch.batch_norm={"span":3}', "largebatch.expected=3", "largebatch.layer_stats_every_steps=0", "steps_per_print=0",
+    'largebatch.batch_norm={"ghost_batch_size":3}', "largebatch.expected=3", "largebatch.layer_stats_every_steps=0", "steps_per_print=0",
     "train_micro_batch_size_per_gpu=auto", "train_batch_size=1e3", "train_batch_size=999999999999999999", "largebatch.steps=999999999999999999999",
 ]  # fmt: skip
 
 FLAGS = [
     ["--steps", "-1"], ["--steps", "0"], ["--steps", "x"], ["--epochs", "nan"], ["--epochs", "inf"], ["--epochs", "0"], ["--epochs", "1e300"],
-    ["--zero_stage", "9"], ["--zero_stage", "-1"], ["--zero_stage", "3"], ["--precision", "fp8"], ["--precision", "fp16"], ["--precision", "bf16"],
+    ["--zero-stage", "9"], ["--zero-stage", "-1"], ["--zero-stage", "3"], ["--precision", "fp8"], ["--precision", "fp16"], ["--precision", "bf16"],
     ["--seed", "-5"], ["--seed", "99999999999999999999999"], ["--seed", "4294967296"], ["--resume"], ["--data", "/nonexistent"], ["--data", ""],
     ["--bogus"], ["extra"], ["--local_rank", "x"], ["--output", ""], ["--output", "/proc/x"], ["--output", "/dev/null/x"], ["--set"],
 ]  # fmt: skip
@@ -463,7 +463,7 @@ def mutate_arguments(rng, mutant):
         name = flag[0].lstrip("-")
         mutant.words += [
             name,
-            *{"precision": ["fp16", "bf16"], "zero_stage": ["stage"], "output": ["run", flag[-1]]}.get(name, []),
+            *{"precision": ["fp16", "bf16"], "zero-stage": ["stage"], "output": ["run", flag[-1]]}.get(name, []),
         ]
 
 

@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from largebatch.launch.ports import launcher_options
+from largebatch.launch.supervise.launcher import launcher_options
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SECONDS = 900

@@ -8,7 +8,7 @@ import traceback
 
 import pytest
 
-from largebatch.launch.ports import free_port
+from largebatch.launch.supervise.launcher import free_port
 
 TASK_SECONDS = 900
 

@@ -7,9 +7,10 @@ import os
 import torch
 import torch.distributed as dist
 
-from largebatch.launch import engines, train
-from largebatch.launch.arguments import parse_arguments
-from largebatch.launch.classification import Classification
+from largebatch.launch.recipe.flags import parse_arguments
+from largebatch.launch.trainer import engines
+from largebatch.launch.trainer import main as train
+from largebatch.launch.trainer.classification import Classification
 
 
 @contextlib.contextmanager
@@ -46,13 +47,13 @@ def run_trainer(arguments, stop_after=None, on_own_nodes=False):
     """Trains to the end, or until a stop is asked for in step ``stop_after``; the weights and buffers of rank 0's model."""
     with launched(on_own_nodes):
         run = train.prepare(parse_arguments([str(a) for a in arguments]))
-        train.write_configs(run)
+        train.write_configs(run.folder, run.phases, run.rank)
         reporter = None
-        for stage in run.stages:
-            if run.first_step >= stage.end and stage is not run.stages[-1]:
+        for phase in run.phases:
+            if run.first_step >= phase.end and phase is not run.phases[-1]:
                 continue
-            loop, first_step = train.open_stage(run, stage, reporter)
-            if stop_after is not None and stop_after < stage.end:
+            loop, first_step = train.open_phase(run, phase, reporter)
+            if stop_after is not None and stop_after < phase.end:
                 ask_to_stop(loop, stop_after)
             outcome = loop.run(first_step)
             reporter = loop.reporter
@@ -61,7 +62,7 @@ def run_trainer(arguments, stop_after=None, on_own_nodes=False):
             if not outcome.is_complete:
                 break
         reporter.close()
-    return weights, outcome.step, stage.plan.micro_batch
+    return weights, outcome.step, phase.resolved.micro_batch
 
 
 def ask_to_stop(loop, step):

@@ -6,17 +6,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from largebatch.launch.classification import Classification
-from largebatch.launch.inputs.augmentation import (
+from largebatch.launch.data.augmentation import (
     davidnet,
     image_transform,
     mixed_with_neighbours,
     mixup_weights,
     neighbours,
 )
-from largebatch.launch.inputs.data_set import DataSet, ImageBatch, Images
-from largebatch.launch.inputs.loading import ImageLoader
-from largebatch.launch.recipe_section import check_section
+from largebatch.launch.data.data_set import DataSet, ImageBatch, Images
+from largebatch.launch.data.image_loader import ImageLoader
+from largebatch.launch.recipe.section import check_section
+from largebatch.launch.trainer.classification import Classification
 
 CPU = torch.device("cpu")
 MEAN = (0.4914, 0.4822, 0.4465)

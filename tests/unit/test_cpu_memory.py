@@ -11,7 +11,7 @@ NUM_TENSORS, MEGABYTES = 20, 40
 
 SCRIPT = f"""
 import resource, sys, torch
-from largebatch.launch.cpu_memory import keep_freed_memory
+from largebatch.launch.trainer.cpu_memory import keep_freed_memory
 print(keep_freed_memory() if sys.argv[1] == "keep" else None)
 for _ in range({NUM_TENSORS}):  # the heap takes a few rounds to settle
     torch.ones({MEGABYTES} * 2**18)

@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from largebatch.launch import doctor_command
-from largebatch.launch.doctor import findings, lines, nodes, resources, software
+from largebatch.launch.commands import doctor as doctor_command
+from largebatch.launch.doctor import findings, gathering, nodes, resources, software
 from largebatch.launch.doctor.findings import FAILS, WARNS, Requirements
 from largebatch.launch.doctor.gathering import gather
 from largebatch.launch.doctor.rank_check import node_report
-from largebatch.launch.ports import free_port
+from largebatch.launch.supervise.launcher import free_port
 
 GIB = 1 << 30
 NEEDS = Requirements(memory_per_rank=2 * GIB, disk=1 * GIB)
@@ -69,7 +69,7 @@ def output_of(capsys, *records):
     """What ranks print: (kind, rank, record) each."""
     capsys.readouterr()
     for kind, rank, record in records:
-        lines.emit(kind, rank, record)
+        gathering.emit(kind, rank, record)
     return capsys.readouterr().out.splitlines()
 
 
@@ -184,14 +184,14 @@ def test_records_survive_other_lines_prefixes_and_any_order(records, order):
     old, sys.stdout = sys.stdout, io.StringIO()
     try:
         for rank, record in records.items():
-            lines.emit("node", rank, record)
+            gathering.emit("node", rank, record)
         out, sys.stdout = sys.stdout.getvalue(), old
     finally:
         sys.stdout = old
     printed = [f"node{order.randint(1, 9)}: {line}" for line in out.split("\n") if line] + ["noise", ""]
     assert all(len(line) < 4096 for line in printed)
     order.shuffle(printed)
-    found, others = lines.collect(printed)
+    found, others = gathering.collect(printed)
     assert found.get("node", {}) == records and sorted(others) == ["", "noise"]
 
 
@@ -199,7 +199,7 @@ def test_a_record_that_lost_a_line_counts_as_none(capsys):
     output = output_of(capsys, ("node", 0, {"long": "x" * 10_000}))
     assert len(output) == 4
     lost = random.Random(0).randrange(4)
-    assert lines.collect(output[:lost] + output[lost + 1 :])[0] == {}
+    assert gathering.collect(output[:lost] + output[lost + 1 :])[0] == {}
 
 
 def test_this_machine_as_it_is(tmp_path):
@@ -338,13 +338,13 @@ def test_reading_what_another_launcher_printed(tmp_path, capsys):
     assert doctor_command.main(["--read", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     assert "ready: 2 ranks on 2 nodes" in out and "rank 0 to beta: latency 100 us, 1000 MB/s, clock +0.00 ms" in out
-    assert doctor_command.main(["--read", str(tmp_path / "out"), "--need_memory", "61", "--json"]) == 1
+    assert doctor_command.main(["--read", str(tmp_path / "out"), "--need-memory", "61", "--json"]) == 1
     told = json.loads(capsys.readouterr().out)
     assert not told["is_ready"] and told["nodes"].keys() == {"alpha", "beta"}
     assert [f["node"] for f in told["findings"]] == ["alpha", "beta"]
     assert doctor_command.main(["--read", str(tmp_path / "none")]) == 2
     with pytest.raises(SystemExit):
-        doctor_command.main(["--need_memory", "-1"])
+        doctor_command.main(["--need-memory", "-1"])
 
 
 @pytest.mark.launcher
@@ -362,7 +362,7 @@ def test_two_ranks_of_this_machine(tmp_path):
         "--master_port",
         str(free_port()),
     ]
-    command += ["--data", str(tmp_path / "none"), "--need_memory", "1000000", "--timeout", "150"]
+    command += ["--data", str(tmp_path / "none"), "--need-memory", "1000000", "--timeout", "150"]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert ended.returncode == 1, ended.stderr
     told = json.loads(ended.stdout)

@@ -9,9 +9,9 @@ from packaging.version import Version
 
 from largebatch.engine import internals
 from largebatch.engine.config_checks import check_engine_config
-from largebatch.engine.config_checks.files import DEEPEST, read_json
+from largebatch.engine.config_checks.json_files import DEEPEST, read_json
 from largebatch.engine.internals import installed_version
-from largebatch.launch.recipe_files import load_recipes
+from largebatch.launch.recipe.reading import load_recipes
 
 of_the_newest = pytest.mark.skipif(
     Version(installed_version()) < Version("0.19.8"),

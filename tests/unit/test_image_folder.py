@@ -10,11 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from largebatch.launch.inputs import loading
-from largebatch.launch.inputs.file_loading import Reading
-from largebatch.launch.inputs.image_folder import UnreadableImageError, load_image_folder, read_image
-from largebatch.launch.inputs.loading import ImageLoader
-from largebatch.launch.inputs.sample_order import SampleOrder
+from largebatch.launch.data import image_loader
+from largebatch.launch.data.file_loading import Reading
+from largebatch.launch.data.image_folder import UnreadableImageError, load_image_folder, read_image
+from largebatch.launch.data.image_loader import ImageLoader
+from largebatch.launch.data.sample_order import SampleOrder
 
 CPU = torch.device("cpu")
 HERE = Reading(workers=0, prefetch=2, is_replaced=True)
@@ -85,7 +85,7 @@ def test_workers_layout_and_resume_change_no_pixel(image_folder, augmentation, m
         return found
 
     whole = samples(1, 0, 0)
-    monkeypatch.setattr(loading, "CHUNK", 3)
+    monkeypatch.setattr(image_loader, "CHUNK", 3)
     for world, workers, first_step in ((1, 2, 0), (2, 0, 0), (1, 0, 2)):
         for p, (pixels, label) in samples(world, workers, first_step).items():
             assert torch.equal(pixels, whole[p][0]) and label == whole[p][1]

@@ -6,13 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from largebatch.launch.inputs.data_set import DataSet, Images
-from largebatch.launch.inputs.loading import ImageLoader, evaluation_indices
-from largebatch.launch.inputs.options import check_data_options
-from largebatch.launch.inputs.random_numbers import hashes, integers, uniforms
-from largebatch.launch.inputs.sample_order import SampleOrder
-from largebatch.launch.inputs.sources import load_data
-from largebatch.launch.inputs.synthetic import load_synthetic
+from largebatch.launch.data.data_set import DataSet, Images
+from largebatch.launch.data.image_loader import ImageLoader, evaluation_indices
+from largebatch.launch.data.options import check_data_options
+from largebatch.launch.data.sample_order import SampleOrder, hashes, integers, uniforms
+from largebatch.launch.data.sources import load_data
+from largebatch.launch.data.synthetic import load_synthetic
 
 CPU = torch.device("cpu")
 

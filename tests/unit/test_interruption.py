@@ -5,8 +5,8 @@ import signal
 
 import pytest
 
-from largebatch.launch import interruption
-from largebatch.launch.interruption import SECONDS_OF_ONE_REQUEST, Interruption
+from largebatch.launch.supervise import signals
+from largebatch.launch.supervise.signals import SECONDS_OF_ONE_REQUEST, Interruption
 
 
 class Left(Exception):
@@ -19,7 +19,7 @@ def test_a_second_request_ends_at_once(monkeypatch, capfd, first, second):
     def leave(code):
         raise Left(code)
 
-    monkeypatch.setattr(interruption.os, "_exit", leave)
+    monkeypatch.setattr(signals.os, "_exit", leave)
     asked = Interruption()
     before = signal.getsignal(signal.SIGTERM)
     with asked.watched():

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from largebatch.engine.silent_collectives import silent_collectives
-from largebatch.launch import engines
-from largebatch.launch.arguments import read_recipe
-from largebatch.launch.micro_batch import is_out_of_memory, largest_that_fits, on_all_ranks
-from largebatch.launch.recipe_section import check_section
-from largebatch.launch.run_plan import micro_batch_candidates
+from largebatch.launch.recipe.batch_division import micro_batch_candidates
+from largebatch.launch.recipe.reading import read_recipe
+from largebatch.launch.recipe.section import check_section
+from largebatch.launch.trainer import engines
+from largebatch.launch.trainer.micro_batch import is_out_of_memory, largest_that_fits, on_all_ranks
 from support import trainer_runs
 
 RECIPE = "lenet_digits_lars_480"
@@ -89,27 +89,34 @@ def test_silent_collectives_wait_for_nobody_and_end(rank_pool):
     assert rank_pool.run(2, communicate_in_silence) == [[1.0] * 6] * 2
 
 
-def with_batch_norm(span, mixup=0.0, batch=480):
+def with_batch_norm(ghost_batch_size, mixup=0.0, batch=480):
     recipe = {
-        "largebatch": {"model": "lenet", "data": "digits", "epochs": 1, "batch_norm": {"span": span}, "mixup": mixup}
+        "largebatch": {
+            "model": "lenet",
+            "data": "digits",
+            "epochs": 1,
+            "batch_norm": {"ghost_batch_size": ghost_batch_size},
+            "mixup": mixup,
+        }
     }
     return recipe | {"largebatch": check_section(recipe), "train_batch_size": batch}
 
 
-def test_candidates_keep_the_batch_the_span_and_pairs():
+def test_candidates_keep_the_batch_the_ghosts_and_pairs():
     assert micro_batch_candidates(with_batch_norm("micro_batch", batch=24), 2) == [1, 2, 3, 4, 6, 12]
     assert micro_batch_candidates(with_batch_norm("micro_batch", 0.2, batch=24), 2) == [2, 4, 6, 12]
     # 4 images: of one rank, or of two with 2 each
     assert micro_batch_candidates(with_batch_norm(4, batch=48), 2) == [2, 4, 8, 12, 24]
     with pytest.raises(
-        ValueError, match="cannot make with largebatch.batch_norm.span 32; nearest that they can: 448 or 512"
+        ValueError,
+        match="cannot make with largebatch.batch_norm.ghost_batch_size 32; nearest that they can: 448 or 512",
     ):
         micro_batch_candidates(with_batch_norm(32, batch=500), 2)
 
 
 def arguments(folder, stage, micro, precision="fp32"):
     return [
-        "--deepspeed_config", RECIPE, "--steps", 2, "--zero_stage", stage, "--precision", precision, "--output", folder,
+        "--deepspeed_config", RECIPE, "--steps", 2, "--zero-stage", stage, "--precision", precision, "--output", folder,
         "--set", "largebatch.model=mlp", "--set", f"train_micro_batch_size_per_gpu={json.dumps(micro)}",
         "--set", "tensorboard.enabled=false",
     ]  # fmt: skip

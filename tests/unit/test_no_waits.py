@@ -13,17 +13,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 
-from largebatch.launch import classification
-from largebatch.launch.engines import set_batch_norm_span
-from largebatch.launch.inputs.data_set import Images
-from largebatch.launch.inputs.in_memory import with_statistics
-from largebatch.launch.reporting import Reporter
-from largebatch.launch.run_plan import make_plan, make_stages
-from largebatch.launch.task import build_task
-from largebatch.launch.training_loop import TrainingLoop
-from largebatch.launch.transfers import Download, uploaded
-from largebatch.models.batch_norm import apply_batch_norm_span
-from largebatch.models.registry import build_model
+from largebatch.launch.data.data_set import Images
+from largebatch.launch.data.in_memory import with_statistics
+from largebatch.launch.data.transfers import Download, uploaded
+from largebatch.launch.recipe.resolved_run import make_phases, resolve
+from largebatch.launch.trainer import classification
+from largebatch.launch.trainer.engines import set_ghost_batches
+from largebatch.launch.trainer.loop import TrainingLoop
+from largebatch.launch.trainer.reporting import Reporter
+from largebatch.launch.trainer.task import build_task
+from largebatch.models.batch_norm import apply_ghost_batches
+from largebatch.models.catalogue import build_model
 from support.pretend_gpu import WaitsForTheDeviceError, backward, pretend_gpu
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -45,7 +45,7 @@ SECTIONS = {
     "mixed": DAVIDNET | {"augmentation": "davidnet", "mixup": 0.2, "label_smoothing": 0.1},
     "smoothed": LENET | {"augmentation": "none", "label_smoothing": 0.1},
     "made up": LENET | SYNTHETIC,
-    "ghost batches": DAVIDNET | {"augmentation": "none", "batch_norm": {"span": 4}},
+    "ghost batches": DAVIDNET | {"augmentation": "none", "batch_norm": {"ghost_batch_size": 4}},
     "files": DAVIDNET | FILES,
     "text with padding": TEXT | {"data_options": PADDED},
     "text without padding": TEXT | {"data_options": FULL},
@@ -137,7 +137,7 @@ class InThisThread(contextlib.AbstractContextManager):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    from largebatch.launch.inputs import augmentation, data_set
+    from largebatch.launch.data import augmentation, data_set
 
     def forget_device():
         for module in (augmentation, data_set):
@@ -162,7 +162,7 @@ def see_bert_as_on_a_gpu(monkeypatch):
     """transformers takes tensors without values for those of a compiler, and does not read them."""
     from transformers.utils import import_utils
 
-    from largebatch.launch import pretraining
+    from largebatch.launch.trainer import pretraining
 
     monkeypatch.setattr(import_utils, "is_fake_tensor", lambda _: False)
     monkeypatch.setattr(pretraining, "ThreadPoolExecutor", InThisThread)
@@ -177,16 +177,16 @@ def training(section, folders, tmp_path, accumulation_steps=1, world_size=1, dev
         "train_micro_batch_size_per_gpu": MICRO_BATCH,
         "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
     }
-    draft = make_plan(recipe, num_samples=1, world_size=world_size, output=str(tmp_path))
+    draft = resolve(recipe, num_samples=1, world_size=world_size, output=str(tmp_path))
     task = build_task(draft.section, folders.get(section["data"]))
-    plan = make_plan(recipe, num_samples=task.num_samples, world_size=world_size, output=str(tmp_path))
+    plan = resolve(recipe, num_samples=task.num_samples, world_size=world_size, output=str(tmp_path))
     model = task.build_model()
-    set_batch_norm_span(model, plan, plan.micro_batch, world_size)
+    set_ghost_batches(model, plan, plan.micro_batch, world_size)
     monitor = types.SimpleNamespace(write_events=lambda events: None)
     reporter = Reporter(str(tmp_path / "metrics.jsonl"), monitor, rank=0, num_samples=10**6, samples_done=0)
     engine = Engine(model, device, accumulation_steps)
     loop = TrainingLoop(
-        engine, make_stages([plan])[0], task, reporter, folder=str(tmp_path), rank=0, world_size=world_size
+        engine, make_phases([plan])[0], task, reporter, folder=str(tmp_path), rank=0, world_size=world_size
     )
     loop.speed = types.SimpleNamespace(count=lambda num_samples: 0.1, restart=lambda: None)
     with contextlib.closing(reporter), contextlib.closing(loop._batches(0)) as batches:
@@ -229,7 +229,7 @@ def test_a_download_waits_when_it_is_read(gpu):
 def test_the_pretended_backward_is_autograds():
     torch.manual_seed(0)
     model = build_model("davidnet", image_shape=(3, 8, 8), num_classes=10, options={"width": 2})
-    apply_batch_norm_span(model, span=2, micro_batch=4, accumulation_steps=1, world_size=1)
+    apply_ghost_batches(model, ghost_batch_size=2, micro_batch=4, accumulation_steps=1, world_size=1)
     gradients = []
     for way in (torch.Tensor.backward, backward):
         for _ in range(2):  # the second adds to the first
@@ -270,7 +270,7 @@ def test_several_ranks_ask_each_other_without_waiting(gpu, folders, tmp_path, mo
     """Statistics over both ranks; in a long step a request to stop is looked for on the way."""
     monkeypatch.setattr(dist, "all_reduce", lambda tensor, **_: None)
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
-    section = DAVIDNET | {"augmentation": "davidnet", "batch_norm": {"span": "global"}}
+    section = DAVIDNET | {"augmentation": "davidnet", "batch_norm": {"ghost_batch_size": "global"}}
     with training(section, folders, tmp_path, 4, world_size=2) as (loop, batches):
         gpu.waits.clear()
         reports = counted_apart(gpu, loop, "_report_taken")
@@ -296,7 +296,7 @@ def test_a_poll_looks_at_the_answer_of_the_one_before(gpu, folders, tmp_path, mo
         def values(self):
             return torch.tensor(float(self.number == 1))
 
-    from largebatch.launch import training_loop
+    from largebatch.launch.trainer import loop as training_loop
 
     monkeypatch.setattr(training_loop, "Download", Answer)
     monkeypatch.setattr(dist, "all_reduce", lambda tensor, **_: None)
@@ -322,8 +322,8 @@ def test_an_evaluation_waits_at_its_end_alone(name, folders, tmp_path, monkeypat
         gpu.waits.clear()
         num_forwards = []
         loop.engine.module.register_forward_hook(lambda *_: num_forwards.append(1))
-        monkeypatch.setattr("largebatch.launch.evaluation.EVALUATION_BATCH", 8)
-        monkeypatch.setattr("largebatch.launch.pretraining.EVALUATION_BATCH", 8)
+        monkeypatch.setattr("largebatch.launch.trainer.classification.EVALUATION_BATCH", 8)
+        monkeypatch.setattr("largebatch.launch.trainer.pretraining.EVALUATION_BATCH", 8)
         num_samples = len(loop.task.test if section["data"] == "text" else loop.task.loader.data.test)
         with gpu.no_waits(), pytest.raises(WaitsForTheDeviceError, match=r"reads values .*tolist\(\)"):
             loop._evaluate(1)

@@ -1,6 +1,7 @@
 """What setup.cfg says against what is on the disk, and what importing does not do."""
 
 import ast
+import collections
 import configparser
 import functools
 import pathlib
@@ -65,7 +66,7 @@ def test_importing_patches_nothing_and_loads_no_deepspeed():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-LIBRARY = {
+ROOMS = {
     "rules": (),
     "layer_map": (),
     "telemetry": (),
@@ -79,8 +80,33 @@ LIBRARY = {
     "planning": ("config", "schedule"),
     "models": ("config",),
     "ds_configs": ("schedule",),
+    "launch.supervise": (),
+    "launch.data": ("config", "models"),
+    "launch.recipe": ("config", "ds_configs", "engine", "launch.data", "models", "optim", "schedule"),
+    "launch.trainer": (
+        "config", "engine", "exclusion", "kernels", "launch.data", "launch.recipe", "launch.supervise", "models", "optim",
+        "telemetry",
+    ),
+    "launch.sizing": ("engine", "launch.data", "launch.recipe", "launch.trainer", "models", "planning", "schedule"),
+    "launch.study": ("config", "launch.recipe", "launch.supervise"),
+    "launch.doctor": ("kernels", "launch.trainer"),
+    "launch.commands": (
+        "", "config", "ds_configs", "engine", "launch.data", "launch.doctor", "launch.recipe", "launch.sizing", "launch.study",
+        "launch.supervise", "launch.trainer", "planning", "schedule",
+    ),
+    "launch": ("launch.trainer",),
+    "": ("config", "engine", "exclusion", "optim", "rules"),
+}  # fmt: skip
+"""Room -> rooms that it may import, each of which stands above it; "" is the package's own top, ``largebatch`` as users import it."""
+
+SHARED_NAMES = {
+    "bert": "the model and its table of recipes",
+    "lamb": "the rule and the optimizer",
+    "lans": "the rule and the optimizer",
+    "lars": "the rule and the optimizer",
+    "plan": "of an optimizer's step, and the command that users know by this name",
 }
-"""Room -> rooms that it may import; the trainer (launch) and the package itself may import all."""
+"""Names that more than one module has, and why."""
 
 
 @functools.cache
@@ -111,16 +137,48 @@ def imports_of(path):
 
 
 def room_of(module):
-    return module.split(".")[1] if "." in module else ""
+    """The first folder or file below the package; below launch/ its folders, and "launch" for what lies at its top."""
+    first, _, rest = module.partition(".")[2].partition(".")
+    if first == "launch" and (ROOT / "launch" / rest.partition(".")[0] / "__init__.py").exists() and rest:
+        return f"launch.{rest.partition('.')[0]}"
+    return first.removesuffix("__main__")
 
 
-@pytest.mark.parametrize("room", LIBRARY)
+@pytest.mark.parametrize("room", ROOMS)
 def test_imports_run_one_way(room):
     paths = [path for name, path in modules().items() if room_of(name) == room]
     assert paths
     for path in paths:
-        imported = {room_of(name) for name in imports_of(path) if name.startswith("largebatch")} - {"", room}
-        assert imported <= {*LIBRARY[room]}, path
+        imported = {room_of(name) for name in imports_of(path) if name.partition(".")[0] == "largebatch"} - {room}
+        assert imported <= {*ROOMS[room]}, path
+
+
+def test_the_rooms_are_all_there_are_and_no_circle():
+    assert {room_of(name) for name in modules()} == ROOMS.keys()
+    above = set()
+    for room, imported in ROOMS.items():
+        if room != "launch.commands":  # imports the package as users do
+            assert {*imported} <= above, room
+        above.add(room)
+
+
+def test_no_two_modules_have_one_name():
+    """So that a name in a message, an import or an editor's tab says where one is; commands are called as what they start."""
+    names = collections.Counter(
+        name.rpartition(".")[2]
+        for name in modules()
+        if not name.endswith(("__main__", "launch.commands.doctor", "launch.commands.study"))
+    )
+    assert {name for name, count in names.items() if count > 1} == SHARED_NAMES.keys()
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "examples", "tests"])
+def test_others_import_modules_that_are_there(folder):
+    """Some of them run on machines that these tests do not see."""
+    for path in (ROOT / folder).rglob("*.py"):
+        assert not {i for i in imports_of(path) if i.startswith("largebatch") and i not in modules()} - {
+            "largebatch"
+        }, path
 
 
 def test_one_room_knows_deepspeed():

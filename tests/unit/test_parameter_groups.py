@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from largebatch.launch.parameter_groups import check_baseline, parameter_groups
+from largebatch.launch.recipe.baseline_options import check_baseline
+from largebatch.launch.trainer.engines import parameter_groups
 
 
 def small_model():

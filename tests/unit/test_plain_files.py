@@ -10,7 +10,7 @@ from torch import nn
 
 import largebatch
 from largebatch import checkpoint
-from largebatch.launch import convert_command
+from largebatch.launch.commands import convert as convert_command
 
 
 class Model(nn.Module):

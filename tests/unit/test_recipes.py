@@ -14,13 +14,14 @@ from largebatch.ds_configs.tables.files import all_recipes, by_source, text_of
 from largebatch.ds_configs.tables.readme import with_rows
 from largebatch.engine.baselines import Adagrad
 from largebatch.engine.lr_schedulers import SCHEDULERS
-from largebatch.launch.arguments import apply_overrides, parse_arguments, read_recipe, set_entry
-from largebatch.launch.parameter_groups import parameter_groups
-from largebatch.launch.recipe_section import stage_recipes
-from largebatch.launch.recipes_command import NUM_SAMPLES
-from largebatch.launch.run_plan import make_plan
+from largebatch.launch.data.options import NUM_SAMPLES
+from largebatch.launch.recipe.flags import parse_arguments
+from largebatch.launch.recipe.reading import apply_overrides, read_recipe, set_entry
+from largebatch.launch.recipe.resolved_run import resolve
+from largebatch.launch.recipe.section import phase_recipes
+from largebatch.launch.trainer.engines import parameter_groups
 from largebatch.models.bert import build_bert
-from largebatch.models.registry import build_model
+from largebatch.models.catalogue import build_model
 from largebatch.optim.registry import OPTIMIZERS
 
 FOLDER = pathlib.Path(largebatch.ds_configs.__file__).parent
@@ -40,8 +41,7 @@ def plans_of(path):
     recipe = read_recipe(str(path))
     num_samples = NUM_SAMPLES.get(recipe["largebatch"]["data"], 1_000_000)
     return [
-        make_plan(stage, num_samples=num_samples, world_size=WORLD_SIZE, output="out")
-        for stage in stage_recipes(recipe)
+        resolve(stage, num_samples=num_samples, world_size=WORLD_SIZE, output="out") for stage in phase_recipes(recipe)
     ]
 
 
@@ -127,8 +127,8 @@ def test_names_and_sections_say_what_is_inside(path):
     section, batch = recipe["largebatch"], recipe["train_batch_size"]
     suffix = next((s for s in SUFFIXES if path.stem.endswith(s)), "")
     batches = {str(batch), f"{batch / 1024:g}k", f"{batch / 1000:g}k"}
-    if stages := [stage["train_batch_size"] for stage in section.get("stages") or [] if "train_batch_size" in stage]:
-        batches = {"_".join(map(batch_name, stages))}
+    if phases := [phase["train_batch_size"] for phase in section.get("phases") or [] if "train_batch_size" in phase]:
+        batches = {"_".join(map(batch_name, phases))}
     prefix = f"{section['model']}_{section['data']}_{recipe['optimizer']['type'].lower()}_"
     assert path.stem in {prefix + b + suffix for b in batches}
     assert len(section["source"]) > 10
@@ -238,7 +238,7 @@ def with_entries(*assignments):
 )  # fmt: skip
 def test_illegal_recipes(assignments, message):
     with pytest.raises(ValueError) as caught:
-        make_plan(with_entries(*assignments), num_samples=1437, world_size=2, output="out")
+        resolve(with_entries(*assignments), num_samples=1437, world_size=2, output="out")
     assert message in str(caught.value)
 
 
@@ -253,7 +253,7 @@ def test_unreadable_recipes(tmp_path):
 
 def test_the_command_line_overrides_the_recipe():
     arguments = parse_arguments(
-        ["--deepspeed_config", "x.json", "--seed", "9", "--steps", "7", "--zero_stage", "0", "--precision", "bf16",
+        ["--deepspeed_config", "x.json", "--seed", "9", "--steps", "7", "--zero-stage", "0", "--precision", "bf16",
          "--set", "optimizer.params.momentum=0.5", "--set", "optimizer.type=SGD"]
     )  # fmt: skip
     recipe = apply_overrides(read_recipe(str(RECIPE)), arguments)
@@ -267,31 +267,31 @@ def test_the_command_line_overrides_the_recipe():
 def test_gradients_accumulate_in_fp32():
     for precision in ("bf16", "fp16"):
         recipe = with_entries(f"{precision}.enabled=true")
-        config = make_plan(recipe, num_samples=1437, world_size=2, output="out").config
+        config = resolve(recipe, num_samples=1437, world_size=2, output="out").config
         assert config["data_types"] == {"grad_accum_dtype": "fp32"} and config["communication_data_type"] == "fp32"
         own = with_entries(f"{precision}.enabled=true", 'data_types.grad_accum_dtype="bf16"')
         assert (
-            make_plan(own, num_samples=1437, world_size=2, output="out").config["data_types"]["grad_accum_dtype"]
+            resolve(own, num_samples=1437, world_size=2, output="out").config["data_types"]["grad_accum_dtype"]
             == "bf16"
         )
         with pytest.raises(
             ValueError, match="zero_optimization.stage is 0 with bf16 or fp16 and 12 accumulation steps"
         ):
             stage_0 = with_entries(f"{precision}.enabled=true", "zero_optimization.stage=0")
-            make_plan(stage_0, num_samples=1437, world_size=2, output="out")
-    assert "data_types" not in make_plan(with_entries(), num_samples=1437, world_size=2, output="out").config
+            resolve(stage_0, num_samples=1437, world_size=2, output="out")
+    assert "data_types" not in resolve(with_entries(), num_samples=1437, world_size=2, output="out").config
 
 
 def test_micro_batch_auto_is_the_largest_divisor_up_to_256():
     recipe = with_entries('train_micro_batch_size_per_gpu="auto"', "train_batch_size=60000")
-    plan = make_plan(recipe, num_samples=60000, world_size=2, output="out")
+    plan = resolve(recipe, num_samples=60000, world_size=2, output="out")
     assert (plan.micro_batch, plan.accumulation_steps) == (250, 120)
 
 
-def test_micro_batch_auto_is_the_span_of_batch_normalisation_where_it_can_be():
+def test_micro_batch_auto_is_the_ghost_batch_size_where_it_can_be():
     """A ghost batch costs more than torch's own kernels over the whole micro-batch."""
-    for span, micro_batch in ((128, 128), (64, 64), (512, 256), (1024, 512), ("micro_batch", 256)):
+    for ghost_batch_size, micro_batch in ((128, 128), (64, 64), (512, 256), (1024, 512), ("micro_batch", 256)):
         recipe = read_recipe("resnet50_imagenet_lars_32k_mlperf")
-        recipe["largebatch"]["batch_norm"]["span"] = span
-        plan = make_plan(recipe, num_samples=1000, world_size=2, output="out")
-        assert plan.micro_batch == micro_batch, span
+        recipe["largebatch"]["batch_norm"]["ghost_batch_size"] = ghost_batch_size
+        plan = resolve(recipe, num_samples=1000, world_size=2, output="out")
+        assert plan.micro_batch == micro_batch, ghost_batch_size

@@ -7,8 +7,7 @@ import sys
 import pytest
 
 from largebatch.__main__ import main
-from largebatch.launch.arguments import read_recipe
-from largebatch.launch.recipe_files import find_recipe, load_recipes, recipe_paths
+from largebatch.launch.recipe.reading import find_recipe, load_recipes, read_recipe, recipe_paths
 
 
 def run(capsys, *arguments):
@@ -45,7 +44,7 @@ def test_filters_go_together(capsys):
     code, found = names(capsys, "--model", "ResNet50", "--optimizer", "lars", "--batch", "32k")
     assert code == 0 and found == [f"resnet50_imagenet_lars_32k_{s}" for s in ("maxaug", "minaug", "mlperf", "nus")]
     assert names(capsys, "--batch", "58880") == (0, ["resnet50_imagenet_lars_58880_mlperf"])
-    assert names(capsys, "--data", "cifar10", "--optimizer", "Adam") == (0, ["davidnet_cifar10_adam_512"])
+    assert names(capsys, "--data-set", "cifar10", "--optimizer", "Adam") == (0, ["davidnet_cifar10_adam_512"])
     assert names(capsys, "--text", "1706.02677", "BEYOND")[1] == [
         "resnet50_imagenet_sgd_16k",
         "resnet50_imagenet_sgd_32k",

@@ -10,11 +10,12 @@ import time
 import psutil
 import pytest
 
-from largebatch.launch.run_command import main, output_of, what_happened, with_resume
-from largebatch.launch.run_progress import progress_of
+from largebatch.launch.commands.run import main, output_of, with_resume
+from largebatch.launch.supervise.restarts import what_happened
+from largebatch.launch.trainer.run_progress import progress_of
 
 STAND_IN = pathlib.Path(__file__).parents[1] / "support" / "dying_launcher.py"
-RUN = "import sys; from largebatch.launch.run_command import main; sys.exit(main(sys.argv[1:]))"
+RUN = "import sys; from largebatch.launch.commands.run import main; sys.exit(main(sys.argv[1:]))"
 
 
 def command(folder, ends, *options):

@@ -5,11 +5,11 @@ import sys
 
 import pytest
 
-from largebatch.launch.run_lock import FolderInUseError, hold
+from largebatch.launch.supervise.run_lock import FolderInUseError, hold
 
 HOLDER = """
 import sys
-from largebatch.launch.run_lock import hold
+from largebatch.launch.supervise.run_lock import hold
 lock = hold(sys.argv[1])
 print("held", flush=True)
 sys.stdin.read()

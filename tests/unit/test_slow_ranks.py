@@ -3,7 +3,13 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from largebatch.launch.slow_ranks import SECONDS_BETWEEN_LOOKS, SHARE_OF_STEP, SLOWER, SlowRanks, line_on_slowest
+from largebatch.launch.trainer.slow_ranks import (
+    SECONDS_BETWEEN_LOOKS,
+    SHARE_OF_STEP,
+    SLOWER,
+    SlowRanks,
+    line_on_slowest,
+)
 
 
 def test_the_slow_one_is_named_with_how_much():

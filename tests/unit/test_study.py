@@ -11,14 +11,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import largebatch.ds_configs
-from largebatch.launch import study_command
-from largebatch.launch.recipe_section import stage_recipes
-from largebatch.launch.run_plan import make_plan
-from largebatch.launch.study import grid, plots, results, runner
+from largebatch.launch.commands import study as study_command
+from largebatch.launch.recipe.reading import load_recipes
+from largebatch.launch.recipe.resolved_run import resolve
+from largebatch.launch.recipe.section import phase_recipes
+from largebatch.launch.study import grid, grid_study, plots, results, runner
 
 RECIPES = pathlib.Path(largebatch.ds_configs.__file__).parent
 PUBLISHED = pathlib.Path(__file__).parents[2] / "docs" / "results" / "mnist" / "runs.csv"
-GRID = ("--model", "lenet", "--data", "mnist", "--batches", "1024,60000", "--optimizers", "sgd,lamb", "--seeds", "2")
+GRID = (
+    "--model",
+    "lenet",
+    "--data-set",
+    "mnist",
+    "--batches",
+    "1024,60000",
+    "--optimizers",
+    "sgd,lamb",
+    "--seeds",
+    "2",
+)
 
 
 def cell(optimizer, batch, folder=RECIPES):
@@ -52,26 +64,26 @@ def test_variants_of_recipes(tmp_path):
             origin("lamb", 1024, variant)
 
 
-def test_stages_cannot_be_scaled():
-    recipe = {"largebatch": {"stages": [{}]}, "train_batch_size": 512, "optimizer": {"params": {}}}
-    with pytest.raises(ValueError, match="batch 1024 has no recipe, and the nearest, of 512, has stages"):
+def test_phases_cannot_be_scaled():
+    recipe = {"largebatch": {"phases": [{}]}, "train_batch_size": 512, "optimizer": {"params": {}}}
+    with pytest.raises(ValueError, match="batch 1024 has no recipe, and the nearest, of 512, has phases"):
         grid.scaled_recipe(recipe, "lamb", 1024)
 
 
-def test_a_stretched_or_staged_recipe_is_recognised(tmp_path):
-    """What train.py records of a recipe against the recipe: filled in, stretched, its first stage."""
+def test_a_stretched_or_phased_recipe_is_recognised(tmp_path):
+    """What train.py records of a recipe against the recipe: filled in, stretched, its first phase."""
     plain = cell("lamb", 8192).recipe
     stretched = plain | {"largebatch": plain["largebatch"] | {"schedule_stretch": 1.5}}
-    stages = [{"largebatch": {"epochs": 3}}, {"largebatch": {"epochs": 1}}]
-    staged = plain | {"largebatch": plain["largebatch"] | {"stages": stages}}
-    for number, recipe in enumerate((plain, stretched, staged)):
-        recorded = make_plan(stage_recipes(recipe)[0], num_samples=60000, world_size=2, output="out").config
+    phases = [{"largebatch": {"epochs": 3}}, {"largebatch": {"epochs": 1}}]
+    phased = plain | {"largebatch": plain["largebatch"] | {"phases": phases}}
+    for number, recipe in enumerate((plain, stretched, phased)):
+        recorded = resolve(phase_recipes(recipe)[0], num_samples=60000, world_size=2, output="out").config
         folder = tmp_path / str(number)
         write_metrics(folder, recorded)
         assert runner.differences(recipe, str(folder)) == []
         other = recipe | {"largebatch": recipe["largebatch"] | {"schedule_stretch": 2}}
         assert any("largebatch.epochs" in text for text in runner.differences(other, str(folder)))
-    assert study_command.Progress().samples_of(stage_recipes(stretched | {"largebatch": {"steps": 9}})[0]) == 9 * 8192
+    assert grid_study.Pace().samples_of(phase_recipes(stretched | {"largebatch": {"steps": 9}})[0]) == 9 * 8192
 
 
 def test_runs_go_seed_by_seed():
@@ -94,7 +106,7 @@ def test_scaling_keeps_rule_and_epochs(optimizer, batch):
         return
     base = min(bases, key=lambda b: (abs(math.log(b / batch)), b))
     one, other = (
-        make_plan(recipe, num_samples=60000, world_size=1, output="out") for recipe in (bases[base], found.recipe)
+        resolve(recipe, num_samples=60000, world_size=1, output="out") for recipe in (bases[base], found.recipe)
     )
     assert other.global_batch == batch and f"from {base:,} to {batch:,}" in found.origin
     lrs = [plan.config["optimizer"]["params"]["lr"] for plan in (one, other)]
@@ -344,7 +356,7 @@ def test_what_is_in_the_digest():
 
 def test_two_studies_cannot_share_a_folder(trained, tmp_path, capsys):
     arguments = study_command.parse_arguments([*GRID, "--output", str(tmp_path)])
-    with study_command.Study(arguments, []).locked():
+    with grid_study.Study(arguments, []).locked():
         assert study(tmp_path) == 2
     assert "another study, or a run that it left, is at work" in capsys.readouterr().err and not trained.calls
 
@@ -382,4 +394,12 @@ def test_layers_of_one_run(tmp_path, capsys):
 
 
 def test_durations():
-    assert [study_command.duration(s) for s in (4.4, 65, 3600 * 2 + 61)] == ["4 s", "1 min 05 s", "2 h 01 min"]
+    assert [grid_study.duration(s) for s in (4.4, 65, 3600 * 2 + 61)] == ["4 s", "1 min 05 s", "2 h 01 min"]
+
+
+def test_renamed_keys_do_not_change_the_digest():
+    """The rows of a study from before are taken for what they are."""
+    recipe = load_recipes()["davidnet_cifar10_lars_512"]
+    assert recipe["largebatch"]["batch_norm"] == {"ghost_batch_size": 512}
+    earlier = recipe["largebatch"] | {"batch_norm": {"span": 512}}
+    assert results.digest(recipe | {"largebatch": earlier}) == results.digest(recipe)

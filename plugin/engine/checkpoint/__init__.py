@@ -4,19 +4,24 @@ optimizer state of other packages.
 Under DeepSpeed nothing has to be called: after :func:`largebatch.register`, ``engine.save_checkpoint`` writes down where the layers
 lie, and ``engine.load_checkpoint`` loads a checkpoint at whatever layout the engine has. The rest is for going between forms:
 
-    whole = checkpoint.read_deepspeed("checkpoints/step100")
-    checkpoint.write_pytorch(checkpoint.convert(whole, "apex.FusedLAMB"), "apex.pt")
-    whole = checkpoint.from_state_dicts(model.state_dict(), optimizer.state_dict(), "timm.Lars")
-    checkpoint.write_deepspeed(checkpoint.convert(whole, "LARS"), "checkpoints/step100", "timm.Lars")
+    consolidated = checkpoint.read_deepspeed("checkpoints/step100")
+    checkpoint.write_pytorch(checkpoint.convert(consolidated, "apex.FusedLAMB"), "apex.pt")
+    consolidated = checkpoint.from_state_dicts(model.state_dict(), optimizer.state_dict(), "timm.Lars")
+    checkpoint.write_deepspeed(checkpoint.convert(consolidated, "LARS"), "checkpoints/step100", "timm.Lars")
 """
 
+from largebatch.engine.checkpoint.consolidated import (
+    ConsolidatedState,
+    read_deepspeed,
+    torch_state_dict,
+    write_deepspeed,
+)
 from largebatch.engine.checkpoint.peers import KINDS, changed_options, convert
 from largebatch.engine.checkpoint.plain import from_state_dicts, names_in_optimizer, read_pytorch, write_pytorch
-from largebatch.engine.checkpoint.whole import WholeState, read_deepspeed, torch_state_dict, write_deepspeed
 
 __all__ = [
     "KINDS",
-    "WholeState",
+    "ConsolidatedState",
     "changed_options",
     "convert",
     "from_state_dicts",

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from largebatch.engine.checkpoint import resharding
 from largebatch.engine.checkpoint.agreement import gathered, raise_together
 from largebatch.engine.checkpoint.layout import KEY, EngineLayout, can_be_described, describe, differences
+from largebatch.engine.checkpoint.remade_state import SAME_STATE, check_optimizers
 from largebatch.engine.checkpoint.saved import SavedCheckpoint, layout_in, mapped, model_files_in
-from largebatch.engine.checkpoint.state import SAME_STATE, check_optimizers
 from largebatch.optim.registry import OPTIMIZERS
 
 logger = logging.getLogger("largebatch")

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 
 from largebatch.config import nearest_hint
+from largebatch.engine.checkpoint.consolidated import ConsolidatedState
 from largebatch.engine.checkpoint.groups import is_same
-from largebatch.engine.checkpoint.whole import WholeState
 from largebatch.optim.lamb import LAMB, NLAMB, NNLAMB
 from largebatch.optim.lars import LARS
 from largebatch.optim.layerwise import LayerwiseOptimizer
@@ -127,7 +127,7 @@ PEERS: dict[str, Peer] = {
 KINDS = (*OURS, *PEERS)
 
 
-def convert(whole: WholeState, kind: str, **options: Any) -> WholeState:
+def convert(consolidated: ConsolidatedState, kind: str, **options: Any) -> ConsolidatedState:
     """The same state as another optimizer keeps it.
 
     Args:
@@ -137,21 +137,21 @@ def convert(whole: WholeState, kind: str, **options: Any) -> WholeState:
     Raises:
         ValueError: the kind is not known, or the buffers mean something that the other has no place for.
     """
-    for name, what in ((whole.optimizer, "the state is of"), (kind, "the target is")):
+    for name, what in ((consolidated.optimizer, "the state is of"), (kind, "the target is")):
         if name not in KINDS:
             hint = nearest_hint(name, KINDS)
             raise ValueError(f"{what} {name!r}; expected one of {', '.join(KINDS)}{hint}")
-    if family_of(whole.optimizer) != family_of(kind):
+    if family_of(consolidated.optimizer) != family_of(kind):
         raise ValueError(
-            f"{whole.optimizer} keeps {described(whole.optimizer)} and {kind} {described(kind)}; neither can be made of the other. "
+            f"{consolidated.optimizer} keeps {described(consolidated.optimizer)} and {kind} {described(kind)}; neither can be made of the other. "
             "Take over the weights alone"
         )
-    if whole.optimizer == kind and not options:
-        return whole
-    return from_ours(to_ours(whole, {} if kind in PEERS else options, kind), kind, options)
+    if consolidated.optimizer == kind and not options:
+        return consolidated
+    return from_ours(to_ours(consolidated, {} if kind in PEERS else options, kind), kind, options)
 
 
-def changed_options(before: WholeState, after: WholeState) -> list[str]:
+def changed_options(before: ConsolidatedState, after: ConsolidatedState) -> list[str]:
     """Options of the formula that the two do not share, in words: the state is the same, the next update will not be."""
     found = []
     for one, other in zip(before.groups, after.groups, strict=True):
@@ -167,13 +167,13 @@ def changed_options(before: WholeState, after: WholeState) -> list[str]:
             for name, value in options[0].items()
             if name in options[1] and not is_same(value, options[1][name])
         ]
-    for whole in (before, after):
-        if whole.optimizer in ("torch.AdamW", "torch.Adam", "torch.SGD") and before.optimizer != after.optimizer:
-            found.append(f"{whole.optimizer} has no trust ratio")
-        clip = PEERS[whole.optimizer].preset.get("max_grad_norm") if whole.optimizer in PEERS else None
+    for consolidated in (before, after):
+        if consolidated.optimizer in ("torch.AdamW", "torch.Adam", "torch.SGD") and before.optimizer != after.optimizer:
+            found.append(f"{consolidated.optimizer} has no trust ratio")
+        clip = PEERS[consolidated.optimizer].preset.get("max_grad_norm") if consolidated.optimizer in PEERS else None
         if clip is not None:
             found.append(
-                f"{whole.optimizer} clips all gradients at {clip} unless told otherwise; here that is max_grad_norm"
+                f"{consolidated.optimizer} clips all gradients at {clip} unless told otherwise; here that is max_grad_norm"
             )
     return list(dict.fromkeys(found))
 
@@ -193,10 +193,10 @@ def default_options(kind: str) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "params"}
 
 
-def to_ours(whole: WholeState, options: dict[str, Any], target: str) -> WholeState:
+def to_ours(consolidated: ConsolidatedState, options: dict[str, Any], target: str) -> ConsolidatedState:
     """A peer's or our state as ours: of the target if that is one of ours, else of what corresponds to the source."""
-    peer = PEERS.get(whole.optimizer)
-    kind = target if target in OURS else peer.ours if peer else whole.optimizer
+    peer = PEERS.get(consolidated.optimizer)
+    kind = target if target in OURS else peer.ours if peer else consolidated.optimizer
     defaults = default_options(kind)
     unknown = [name for name in options if name not in defaults]
     if unknown:
@@ -204,32 +204,32 @@ def to_ours(whole: WholeState, options: dict[str, Any], target: str) -> WholeSta
             f"{kind} has no option {unknown[0]!r} of a param group{nearest_hint(unknown[0], list(defaults))}"
         )
     groups, state = [], {}
-    for group in whole.groups:
-        refuse(whole.optimizer, peer, group)
+    for group in consolidated.groups:
+        refuse(consolidated.optimizer, peer, group)
         own = options_from(peer, group, defaults)
         wanted = own | options
         for name in group["params"]:
-            if name in whole.state:
-                values = dict(whole.state[name])
+            if name in consolidated.state:
+                values = dict(consolidated.state[name])
                 if peer and peer.step == "group":
                     values["step"] = group["step"]
                 if "step" in values:
                     values["step"] = torch.tensor(float(values["step"]))
                 state[name] = remeant(values, own, wanted, averaging_of(group))
         groups.append(checked(kind, wanted) | {"params": group["params"]})
-    return replaced(whole, kind, groups, state)
+    return replaced(consolidated, kind, groups, state)
 
 
-def from_ours(whole: WholeState, kind: str, options: dict[str, Any]) -> WholeState:
+def from_ours(consolidated: ConsolidatedState, kind: str, options: dict[str, Any]) -> ConsolidatedState:
     """Our state as that of another kind, which may be ours again."""
     if kind in OURS:
-        return whole
+        return consolidated
     peer = PEERS[kind]
     unknown = [name for name in options if name not in peer.defaults]
     if unknown:
         raise ValueError(f"{kind} has no option {unknown[0]!r}{nearest_hint(unknown[0], list(peer.defaults))}")
     groups, state = [], {}
-    for group in whole.groups:
+    for group in consolidated.groups:
         refuse_formulation(group)
         theirs = dict(peer.defaults) | {name: group[own] for name, own in peer.renamed.items() if own in group}
         if "bias_correction" in theirs:
@@ -240,7 +240,9 @@ def from_ours(whole: WholeState, kind: str, options: dict[str, Any]) -> WholeSta
         refuse(kind, peer, theirs)
         if "max_lr_snapshot" in theirs:
             theirs["max_lr_snapshot"] = float(theirs["lr"])
-        steps = [float(whole.state[n]["step"]) for n in group["params"] if "step" in whole.state.get(n, {})]
+        steps = [
+            float(consolidated.state[n]["step"]) for n in group["params"] if "step" in consolidated.state.get(n, {})
+        ]
         if peer.step == "group" and steps:
             if len(set(steps)) > 1:
                 raise ValueError(
@@ -249,29 +251,29 @@ def from_ours(whole: WholeState, kind: str, options: dict[str, Any]) -> WholeSta
             theirs["step"] = as_step(peer, steps[0])
         outside = {**group, "lr_in_momentum": False}
         for name in group["params"]:
-            if name in whole.state:
-                values = remeant(whole.state[name], group, outside, 1.0 / averaging_of(theirs))
+            if name in consolidated.state:
+                values = remeant(consolidated.state[name], group, outside, 1.0 / averaging_of(theirs))
                 if "step" in values:
                     step = values.pop("step")
                     if peer.step == "state":
                         values["step"] = as_step(peer, step)
                 state[name] = values
         groups.append(theirs | {"params": group["params"]})
-    return replaced(whole, kind, groups, state)
+    return replaced(consolidated, kind, groups, state)
 
 
 def replaced(
-    whole: WholeState, kind: str, groups: list[dict[str, Any]], state: dict[str, dict[str, Any]]
-) -> WholeState:
-    return WholeState(
-        whole.weights,
+    consolidated: ConsolidatedState, kind: str, groups: list[dict[str, Any]], state: dict[str, dict[str, Any]]
+) -> ConsolidatedState:
+    return ConsolidatedState(
+        consolidated.weights,
         kind,
         groups,
         state,
-        whole.num_steps,
-        whole.scheduler,
-        dict(whole.counts),
-        dict(whole.client_state),
+        consolidated.num_steps,
+        consolidated.scheduler,
+        dict(consolidated.counts),
+        dict(consolidated.client_state),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from largebatch.engine.checkpoint.whole import WholeState, torch_state_dict
+from largebatch.engine.checkpoint.consolidated import ConsolidatedState, torch_state_dict
 
 MODEL, OPTIMIZER, KIND, NAMES = "model", "optimizer", "optimizer_class", "names"
 """Keys of a file that is written here."""
@@ -29,7 +29,7 @@ def from_state_dicts(
     names: Sequence[str] | None = None,
     num_steps: int | None = None,
     scheduler: dict[str, Any] | None = None,
-) -> WholeState:
+) -> ConsolidatedState:
     """A model's and an optimizer's state_dict as one state.
 
     Args:
@@ -70,7 +70,7 @@ def from_state_dicts(
         {k: v for k, v in group.items() if k != "param_names"} | {"params": [by_id[i] for i in group["params"]]}
         for group in optimizer["param_groups"]
     ]
-    return WholeState(weights, kind, groups, state, num_steps_of(state, groups, num_steps), scheduler)
+    return ConsolidatedState(weights, kind, groups, state, num_steps_of(state, groups, num_steps), scheduler)
 
 
 def whole_precision(tensor: Tensor) -> Tensor:
@@ -118,7 +118,9 @@ def names_in_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> li
     return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def read_pytorch(path: str, kind: str | None = None, *, names: Sequence[str] | None = None, **keys: Any) -> WholeState:
+def read_pytorch(
+    path: str, kind: str | None = None, *, names: Sequence[str] | None = None, **keys: Any
+) -> ConsolidatedState:
     """A file with a model's and an optimizer's state_dict.
 
     Args:
@@ -162,7 +164,7 @@ def read_pytorch(path: str, kind: str | None = None, *, names: Sequence[str] | N
     return from_state_dicts(content[model], content[optimizer], kind, names=names, num_steps=steps, scheduler=scheduler)
 
 
-def write_pytorch(whole: WholeState, path: str) -> None:
+def write_pytorch(consolidated: ConsolidatedState, path: str) -> None:
     """The same file; ``torch.load(path)`` is safe with weights_only=True.
 
     Raises:
@@ -171,12 +173,12 @@ def write_pytorch(whole: WholeState, path: str) -> None:
     if os.path.exists(path):
         raise ValueError(f"{path!r} exists; choose another name")
     content = {
-        MODEL: whole.weights,
-        OPTIMIZER: torch_state_dict(whole) if whole.groups else None,
-        KIND: whole.optimizer,
-        "num_steps": whole.num_steps,
-        "lr_scheduler": whole.scheduler,
-        NAMES: whole.layers,
+        MODEL: consolidated.weights,
+        OPTIMIZER: torch_state_dict(consolidated) if consolidated.groups else None,
+        KIND: consolidated.optimizer,
+        "num_steps": consolidated.num_steps,
+        "lr_scheduler": consolidated.scheduler,
+        NAMES: consolidated.layers,
     }
     torch.save(content, f"{path}.partial")
     os.replace(f"{path}.partial", path)

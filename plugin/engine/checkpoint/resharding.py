@@ -18,8 +18,8 @@ from torch import Tensor
 from largebatch.engine.checkpoint.agreement import raise_together
 from largebatch.engine.checkpoint.groups import options_for, scheduler_state_for
 from largebatch.engine.checkpoint.layout import EngineLayout, NamedCut, describe
+from largebatch.engine.checkpoint.remade_state import check_optimizers, make_state, scalars_of
 from largebatch.engine.checkpoint.saved import MASTER, LayerState, Piece, SavedCheckpoint
-from largebatch.engine.checkpoint.state import check_optimizers, make_state, scalars_of
 from largebatch.engine.lr_schedulers import FactorLR
 from largebatch.engine.wrappers import (
     SteppedTensor,

@@ -1,8 +1,8 @@
 """The part of a ds_config that DeepSpeed reads, checked before it does, with errors in the user's terms.
 
 DeepSpeed ignores unknown top-level keys, takes "no" for true, and answers many wrong values from deep inside, or not at all.
-Here its own models (pydantic) decide where it has them (models.py); for the entries that it only looks up, tables do
-(tables.py); and what has to agree is compared (combinations.py).
+Here its own models (pydantic) decide where it has them (section_models.py); for the entries that it only looks up, tables do
+(known_entries.py); and what has to agree is compared (combinations.py).
 """
 
 from __future__ import annotations
@@ -20,8 +20,14 @@ from largebatch.engine.config_checks.combinations import (
     check_scheduler,
     check_stage,
 )
-from largebatch.engine.config_checks.models import check_model, models
-from largebatch.engine.config_checks.tables import PRECISION_SECTIONS, SECTIONS, TOP_LEVEL, check_entries, section
+from largebatch.engine.config_checks.known_entries import (
+    PRECISION_SECTIONS,
+    SECTIONS,
+    TOP_LEVEL,
+    check_entries,
+    section,
+)
+from largebatch.engine.config_checks.section_models import check_model, models
 from largebatch.engine.internals import internal, refuse_newer_entry
 
 MISSPELT = 0.85

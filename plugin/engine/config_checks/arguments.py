@@ -9,9 +9,9 @@ from typing import Any
 from largebatch.config import UnknownOptionError, nearest_hint, reject
 from largebatch.engine.config_checks import MISSPELT, check_engine_config
 from largebatch.engine.config_checks.combinations import check_optimizer_type
-from largebatch.engine.config_checks.files import read_json
-from largebatch.engine.config_checks.models import sentence
-from largebatch.engine.config_checks.tables import section
+from largebatch.engine.config_checks.json_files import read_json
+from largebatch.engine.config_checks.known_entries import section
+from largebatch.engine.config_checks.section_models import sentence
 from largebatch.engine.internals import internal
 from largebatch.optim.registry import OPTIMIZERS
 

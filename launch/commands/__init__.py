@@ -1,0 +1,1 @@
+"""One file for each command of ``largebatch``: its flags, and what it prints."""

@@ -1,0 +1,1 @@
+"""How runs start, are told to stop, end, and are kept from each other's folders."""
