@@ -95,8 +95,9 @@ class TrainingLoop:
                     is_due = crosses(step, (section["save_every_epochs"] or float("inf")) * steps_per_epoch)
                     self._save_on_the_way(step, metrics if is_evaluated else {}, is_due=is_due)
             self._report_taken()
-            if step < resolved.num_steps:
-                checkpoint = self._save_at_end(step, {})
+            is_whole = step == resolved.num_steps
+            if not is_whole or (self.is_stopping and self.phase.number + 1 < self.phase.num_phases):
+                checkpoint = self._save_at_end(step, metrics if is_whole else {})
                 self.reporter.event("interrupted", step=self._total(step), checkpoint=checkpoint)
                 return Outcome(self._total(step), False, metrics, self.speed.samples_per_second, checkpoint)
             if not metrics:
