@@ -38,7 +38,7 @@ def refuse_well():
 
 
 def fail_within():
-    from largebatch.launch.recipe.resolved_run import divisors
+    from largebatch.launch.recipe.batch_division import divisors
 
     divisors("three")
 
