@@ -173,7 +173,8 @@ class Call:
         is_adapted = self.constant("are_adapted", torch.bool)
         # rounded once, here, from fp64: the same bits however the sums were cut
         ratios = torch.stack([torch.where(is_adapted, r, 1.0).to(segments.dtype) for r in rule.trust_ratio(layers)])
-        decay, is_finite = rule.weight_decay_in_force(layers), torch.isfinite(sums).all(dim=1)
+        decay = rule.weight_decay_in_force(layers)
+        is_finite = torch.isfinite(sums).all(dim=1) & torch.isfinite(ratios).all(dim=0)
         decisions = Decisions(ratios, decay, shrinkage, is_finite, self.before)
         self.kernels.advance_(segments, grad_scale=on(segments.device, grad_scale), decisions=decisions)
         if rule.layer_state:

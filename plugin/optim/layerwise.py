@@ -25,7 +25,7 @@ from largebatch.config import (
 )
 from largebatch.exclusion import LayerPolicy
 from largebatch.kernels import dispatch
-from largebatch.kernels.interface import LayerFigures, Segments
+from largebatch.kernels.interface import ALGORITHMS, LayerFigures, Segments
 from largebatch.kernels.reference import compute_dtype
 from largebatch.layer_map.dtensor import local_part
 from largebatch.layer_map.partition import Partition
@@ -462,11 +462,13 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
             self._num_skipped_layers = on_first_use(self._num_skipped_layers, torch.device("cpu")).add_(len(bad))
             more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
             what = "the other layers were" if has_moved else "no layer was"
+            where = "the gradient" if self.rule_class in ALGORITHMS else "the gradient, or in what the rule made of it"
             logger.warning(
-                "%s left %s%s as they were: NaN or inf in the gradient; %s stepped",
+                "%s left %s%s as they were: NaN or inf in %s; %s stepped",
                 type(self).__name__,
                 ", ".join(bad[:5]),
                 more,
+                where,
                 what,
             )
         if not has_moved:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
 from typing import Any
 
-from largebatch.config import CommonOptions, check_of, reject
+from largebatch.config import CommonOptions, check_of, check_option_names, reject
 from largebatch.optim.lamb import LAMB, NLAMB, NNLAMB
 from largebatch.optim.lars import LARS
 from largebatch.optim.layerwise import LayerwiseOptimizer, fills_from_preset
@@ -66,6 +66,7 @@ def register_rule(
         if not is_dataclass(rule_class) or "__dataclass_fields__" not in vars(rule_class):
             rule_class = dataclass(frozen=True)(rule_class)
         rule_class.name = name.lower()
+        check_presets(rule_class, presets)
         cls = optimizer_of(rule_class, lr, dict(presets or {}))
         taken = OPTIMIZERS.get(name.lower())
         if name.lower() in OF_DEEPSPEED or (taken is not None and not is_made_anew(taken, cls)):
@@ -82,7 +83,30 @@ def register_rule(
 
 def is_made_anew(old: type, new: type) -> bool:
     """Whether a module was imported twice, or a cell of a notebook run again."""
-    return hasattr(old, "rule_class") and old.__qualname__ == new.__qualname__
+    return hasattr(old, "rule_class") and old.__qualname__ == new.__qualname__ and source_of(old) == source_of(new)
+
+
+def source_of(cls: type) -> str:
+    """The file that an optimizer's rule was written in, under whatever name that is imported; its module where there is none."""
+    try:
+        return inspect.getfile(cls.rule_class)
+    except (OSError, TypeError):
+        return cls.rule_class.__module__
+
+
+def check_presets(rule_class: type[Rule], presets: Any) -> None:
+    """
+    Raises:
+        TypeError: it is no mapping of mappings, or names an option that the rule does not have.
+    """
+    title = rule_class.__name__
+    if not isinstance(presets or {}, Mapping):
+        reject(f"{title}'s presets", presets, "a mapping of names to mappings of options", TypeError)
+    known = [*(f.name for f in fields(rule_class)), *COMMON, *FOR_ALL_GROUPS]
+    for name, options in (presets or {}).items():
+        if not isinstance(options, Mapping):
+            reject(f"{title}'s preset {name!r}", options, "a mapping of options", TypeError)
+        check_option_names(options, known, f"{title}'s preset {name!r}")
 
 
 def optimizer_of(rule_class: type[Rule], lr: float | None, presets: dict[str, Mapping[str, Any]]) -> type:
@@ -131,6 +155,9 @@ def check_declarations(rule_class: type[Rule]) -> None:
     title = rule_class.__name__
     if not (isinstance(rule_class, type) and issubclass(rule_class, Rule)):
         raise TypeError(f"{title} is no largebatch.Rule; expected a subclass")
+    for method in ("directions", "trust_ratio", "advance"):
+        if getattr(rule_class, method) is getattr(Rule, method):
+            raise TypeError(f"{title} has no {method}(); every rule defines directions, trust_ratio and advance")
     for declaration in ("elementwise_state", "layer_state", "norms_before", "norms", "ratios"):
         names = getattr(rule_class, declaration)
         if not isinstance(names, tuple) or not all(isinstance(n, str) and n.isidentifier() for n in names):

@@ -4,6 +4,7 @@ import copy
 import inspect
 import logging
 import pickle
+from typing import ClassVar
 
 import pytest
 import torch
@@ -175,11 +176,70 @@ class NormalisesAhead(Plain):
         return part.weight - lr * part.grad / part.grad.abs().max(), part.state
 
 
+class CountsUnsaid(Plain):
+    def advance(self, part, *, lr, ratios):
+        return part.weight - lr * part.grad * part.step, part.state
+
+
+class RampsUnsaid(Plain):
+    def trust_ratio(self, layers):
+        return (1 - 0.5**layers.step,)
+
+
+class WritesInPlace(Plain):
+    elementwise_state = ("momentum",)
+
+    def accumulate(self, part):
+        return (part.state[0].mul_(0.9).add_(part.grad),)
+
+
+class ClampsTheGradient(Plain):
+    def directions(self, part):
+        return (part.grad.clamp_(-0.1, 0.1),)
+
+
+class Remembers(Plain):
+    seen: ClassVar[list] = []
+
+    def directions(self, part):
+        self.seen.append(1)
+        return (part.grad * len(self.seen),)
+
+
+class RoundsOff(Plain):
+    def directions(self, part):
+        return (part.grad.half(),)
+
+
+class ReturnsTheWeightOnly(Plain):
+    def advance(self, part, *, lr, ratios):
+        return part.weight - lr * part.grad
+
+
+class InSinglePrecision(Plain):
+    def trust_ratio(self, layers):
+        return (torch.ones_like(layers.weight_norm).float(),)
+
+
 @pytest.mark.parametrize(
     "rule, words",
     [
         (LooksAtTheTensor, "LooksAtTheTensor.directions returned another direction_norm for a layer in two parts"),
-        (MixesLayers, "MixesLayers.trust_ratio returned trust_ratio that is not of shape"),
+        (MixesLayers, "MixesLayers.trust_ratio returned trust_ratio that depends on what other layers"),
+        (CountsUnsaid, r"CountsUnsaid.advance uses part.step, which is 0 .* declares counts_steps = True"),
+        (RampsUnsaid, r"RampsUnsaid.trust_ratio uses layers.step, which is 0 .* declares counts_steps = True"),
+        (WritesInPlace, "WritesInPlace.accumulate wrote into the state 'momentum' that it was given"),
+        (ClampsTheGradient, "ClampsTheGradient.directions wrote into the grad that it was given"),
+        (Remembers, "Remembers.directions returned something else when it was called again with the same"),
+        (
+            RoundsOff,
+            "RoundsOff.directions returned direction_norm of dtype torch.float16 for a weight of dtype torch.float64",
+        ),
+        (
+            ReturnsTheWeightOnly,
+            r"ReturnsTheWeightOnly.advance returned tensor\(.*; expected \(new weight, tuple of the new state\)",
+        ),
+        (InSinglePrecision, r"trust_ratio of shape \(4,\) and dtype torch.float32 for 4 layers; expected"),
         (ReturnsNoTuple, r"ReturnsNoTuple.directions returned tensor\("),
         (
             ReturnsANumber,
@@ -193,6 +253,27 @@ def test_a_rule_that_no_cut_allows_is_refused_when_an_optimizer_is_built(rule, w
     cls = largebatch.register_rule(rule.__name__)(rule)
     with pytest.raises(RuleError, match=words):
         cls(layers(), lr=0.1)
+
+
+class DividesByZero(Plain):
+    """For layers whose weights are all zero."""
+
+    def trust_ratio(self, layers):
+        return (layers.norms[0] / layers.weight_norm,)
+
+
+@pytest.mark.parametrize("kernels", ["reference", "compiled"])
+def test_a_layer_whose_trust_ratio_is_not_finite_is_named_and_counted(caplog, kernels):
+    cls = largebatch.register_rule("DividesByZero")(DividesByZero)
+    parameters = [torch.nn.Parameter(torch.full((4,), value)) for value in (0.0, 1.0)]
+    optimizer = cls([("zero", parameters[0]), ("one", parameters[1])], lr=0.1, kernels=kernels)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    with caplog.at_level(logging.WARNING, "largebatch"):
+        optimizer.step()
+    assert "left zero as they were: NaN or inf in the gradient, or in what the rule made of it" in caplog.text
+    assert optimizer.num_skipped_layers == 1 and torch.equal(parameters[0], torch.zeros(4))
+    assert not torch.equal(parameters[1], torch.ones(4))
 
 
 def test_the_plain_rule_is_right():
@@ -221,6 +302,20 @@ def test_declarations_that_are_refused():
     for name in ("LAMB", "lars", "adamw"):
         with pytest.raises(ValueError, match=f"the name '{name}' is taken"):
             largebatch.register_rule(name)(type("Other", (Plain,), {}))
+    for name in ("directions", "trust_ratio", "advance"):
+        methods = {n: getattr(Plain, n) for n in ("directions", "trust_ratio", "advance") if n != name}
+        with pytest.raises(TypeError, match=f"Declared has no {name}"):
+            largebatch.register_rule("Declared")(type("Declared", (largebatch.Rule,), methods))
+    for presets, words in (
+        (["slow"], "Declared's presets is .*; expected a mapping"),
+        ({"slow": None}, "Declared's preset 'slow' is .*; expected a mapping of options"),
+        ({"slow": {"weight_decai": 0.1}}, r"preset 'slow'.weight_decai is not known \(did you mean 'weight_decay'\?\)"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=words):
+            largebatch.register_rule("Declared", presets=presets)(type("Declared", (Plain,), {}))
+    for name in ("LANS", "LARS"):
+        with pytest.raises(ValueError, match=f"the name '{name}' is taken"):
+            largebatch.register_rule(name)(type(name, (Plain,), {}))  # a class of the same name, from another file
     with pytest.raises(ValueError, match="the name of a rule is 'my rule'; expected letters, digits and _"):
         largebatch.register_rule("my rule")
     assert "declared" not in registry.OPTIMIZERS
