@@ -462,7 +462,8 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
             self._num_skipped_layers = on_first_use(self._num_skipped_layers, torch.device("cpu")).add_(len(bad))
             more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
             what = "the other layers were" if has_moved else "no layer was"
-            where = "the gradient" if self.rule_class in ALGORITHMS else "the gradient, or in what the rule made of it"
+            is_ours = all(type(call.segments.rule) in ALGORITHMS for call in calls)
+            where = "the gradient" if is_ours else "the gradient, or in what the rule made of it"
             logger.warning(
                 "%s left %s%s as they were: NaN or inf in %s; %s stepped",
                 type(self).__name__,
