@@ -1,9 +1,10 @@
 """Any rule through torch.compile, for rules without kernels of their own: each pass over a segment is one loop.
 
-The formulas are the rule's, so the numbers are those of the reference kernels but for the order in which sums are taken. A rule is
-traced once for each combination of dtypes, and each pass compiled twice, for short and for long segments. What is the same for all elements of a layer
-(coefficients from the number of the step, the local learning rate) is taken out of the loops and computed for all layers at
-once. So are the rule's options as far as they are numbers: a schedule may change them without compiling anew.
+The formulas are the rule's, so the numbers are those of the reference kernels but for the order in which sums are taken. A
+rule is traced once for each combination of dtypes, and each pass compiled twice, for short and for long segments. What is the
+same for all elements of a layer (coefficients from the number of the step, the local learning rate) is taken out of the loops
+and computed for all layers at once. So are the rule's options as far as they are numbers: a schedule may change them without
+compiling anew.
 """
 
 from __future__ import annotations
